@@ -1,0 +1,1064 @@
+"""distcap: distinctive image captioning with CLIP-guided reinforcement learning, in one readable file.
+
+A captioner trained by teacher forcing says what is true of many pictures. This module trains one to say what is true
+of *this* picture: the reward is how well CLIP retrieves the picture from the caption (and back), and human captions
+keep the writing human. The method is that of Chaffin, Kijak and Claveau, "Distinctive Image Captioning: Leveraging
+Ground Truth Captions in CLIP Guided Reinforcement Learning" (arXiv 2402.13936); equations are numbered as in the
+README and in tutorial.ipynb.
+
+    python distcap.py train                                               # the whole method on a built-in toy world
+    python distcap.py caption runs/toy/test --captioner runs/toy          # one line per picture
+    python distcap.py eval runs/toy/test --captioner runs/toy             # the measures of the table
+
+Read top to bottom: data flows down the file and never back up. Shape letters in comments: B images of a batch,
+C captions of the pool, T tokens, V vocabulary, D embedding width.
+
+Departures from the authors' released scripts, each with its reason where it happens:
+ 1. The ground-truth term trains on the ground truth (the scripts weigh the sampled caption a second time).
+ 2. Log-probabilities are averaged over real tokens, not over padding.
+ 3. Samples are samples: no beam search, no top-k, so that the REINFORCE gradient is unbiased.
+ 4. No dropout while sampling and scoring: the policy that is scored is the one that was sampled.
+ 5. The contrastive reward masks the scored pair out and takes a log-sum-exp; nothing overflows, nothing is clamped.
+ 6. Advantages are centred on the batch's mean reward, which leaves the gradient's mean alone and lowers its variance.
+ 7. A ground-truth caption that is less distinctive than the average sample gets weight zero, never a negative one:
+    that would be unlikelihood training of human text.
+ 8. Retrieval is not the only measure: the toy world's scenes are known, so a hacked reward shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import random
+import re
+import statistics
+import sys
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake of the user's: the message names the file, flag or value and the remedy. The command exits with 2."""
+
+
+# ---- 1  Configuration: the only home of a default and of its help text. The command line's flags are made from it. ---
+
+
+def option(default, help: str, **metadata):
+    """A configuration field. `choices`, `minimum` and `maximum` limit its values; `toy` is its default on the toy world."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What every verb needs to write a caption."""
+
+    captioner: str | None = option(None, "Hub name or folder of a captioner, or a run folder of `train`")
+    clip: str | None = option(None, "open_clip NAME/TAG, hf-hub:NAME, a folder, or a run folder of `train`")
+    beams: int = option(1, "beam search width; 1 decodes greedily", minimum=1)
+    max_length: int = option(20, "most tokens in a caption", minimum=1)
+    batch_size: int = option(64, "pictures per batch", minimum=1)
+    seed: int = option(0, "seed of everything random", minimum=0)
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Decoding):
+    """Train a captioner: teacher forcing, then reinforcement learning; ends with a table of before and after."""
+
+    data: str = option("toy", "toy (the built-in world), or a folder with metadata.jsonl", positional="?")
+    out: str | None = option(None, "run folder (default: runs/<name of data>)")
+    objective: str = option("rl", "rl: Eq. 2-6 after teacher forcing; tf: teacher forcing only", choices=("rl", "tf"))
+    baseline: str = option(
+        "contrastive",
+        "contrastive: bidirectional reward, centred (Eq. 6); greedy: similarity, self-critical (Eq. 7)",
+        choices=("contrastive", "greedy"),
+    )
+    direction: str = option(
+        "both", "direction of Eq. 6", choices=("both", "image-to-text", "text-to-image")
+    )
+    similarity_weight: float = option(
+        0.94, "alpha of Eq. 3: weight of CLIP; the discriminator has the rest", minimum=0, maximum=1
+    )
+    sampled_weight: float = option(1.0, "weight of REINFORCE on sampled captions (Eq. 2)", minimum=0)
+    ground_truth_weight: float = option(1.0, "weight of REINFORCE on ground-truth captions (Eq. 5)", minimum=0)
+    tf_steps: int = option(0, "steps of teacher forcing, first", toy=600, minimum=0)
+    tf_learning_rate: float = option(1e-5, "its peak learning rate", toy=2e-3, minimum=0)
+    steps: int = option(10_000, "steps of reinforcement learning", toy=400, minimum=0)
+    learning_rate: float = option(1e-6, "its peak learning rate", toy=4e-4, minimum=0)
+    discriminator_learning_rate: float = option(7e-5, "learning rate of Eq. 4", toy=1e-3, minimum=0)
+    train_size: int | None = option(None, "use at most so many training examples", toy=8000, minimum=1)
+    test_size: int = option(1000, "examples held out for the table", minimum=1)
+    clip_steps: int = option(600, "toy only: steps of CLIP's pretraining", minimum=1)
+    overwrite: bool = option(False, "replace an earlier run in the same folder")
+    max_gradient_norm: float = option(1.0, "gradients are scaled down to this norm", minimum=0)
+
+
+@dataclass(frozen=True)
+class CaptionConfig(Decoding):
+    """Write a caption for every picture: path, tab, caption, a line each, on standard output."""
+
+    paths: tuple[str, ...] = option((), "pictures, and folders of pictures", positional="+")
+    beams: int = option(3, "beam search width; 1 decodes greedily", minimum=1)
+
+
+@dataclass(frozen=True)
+class EvalConfig(Decoding):
+    """Caption a data set and measure the captions."""
+
+    data: str = option("", "folder with metadata.jsonl", positional=None)
+    out: str | None = option(None, "write the measures to this JSON file")
+
+
+def configuration(cls, values: dict, toy: bool = False):
+    """Build a `cls` from parsed flags; a flag not given gets its default, on the toy world the `toy` one."""
+    for each in dataclasses.fields(cls):
+        if values.get(each.name) is None:
+            values[each.name] = each.metadata.get("toy", each.default) if toy else each.default
+    return cls(**values)
+
+
+# ---- 2  Data: examples, the toy world, pictures from disk ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture, as a file or in memory, with its references: the human captions. A toy picture also has its `scene`."""
+
+    image_id: str
+    image: Path | Image.Image
+    references: tuple[str, ...]
+    scene: str | None = None
+
+
+SIZES = {"small": 4.5, "large": 7.5}  # radius in pixels
+SHAPES = ("circle", "ring", "triangle", "star", "bar")
+OUTLINES = {  # corners in units of the radius, y downwards
+    "triangle": ((0, -1), (1, 0.8), (-1, 0.8)),
+    "star": ((0, -1), (0.3, -0.3), (1, 0), (0.3, 0.3), (0, 1), (-0.3, 0.3), (-1, 0), (-0.3, -0.3)),
+    "bar": ((-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4)),
+}
+COLOURS = dict(red="#e02020", green="#20a020", blue="#2040e0", yellow="#f0e000", purple="#8020a0", pink="#ff80c0",
+               brown="#804010", cyan="#20d0e0")  # fmt: skip
+BACKGROUNDS = dict(white="#ffffff", black="#000000", gray="#808080", beige="#e8d8b0")
+RELATIONS = ("to the left of", "above")
+WORDS = (*"a two shapes and on background to the left of above".split(), *SIZES, *SHAPES, *COLOURS, *BACKGROUNDS)
+
+_NOUN = rf"a(?: ({'|'.join(SIZES)}))?(?: ({'|'.join(COLOURS)}))? ({'|'.join(SHAPES)})"
+_GRAMMAR = re.compile(
+    rf"(?:two shapes|{_NOUN} (and|{'|'.join(RELATIONS)}) {_NOUN})(?: on a ({'|'.join(BACKGROUNDS)}) background)?"
+)
+
+
+def parse(caption: str) -> tuple[str | None, ...] | None:
+    """What a caption says of a scene, None for each thing it leaves open; None if it is not well-formed.
+
+    Order: size, colour, shape, relation, size, colour, shape, background. A scene is a caption that leaves nothing open.
+    """
+    match = _GRAMMAR.fullmatch(caption)
+    return match and match.groups()
+
+
+def is_true(caption: str, scene: str) -> bool:
+    """Whether the caption is well-formed and nothing it says is false of the scene. "and" says nothing of the order."""
+    said, seen = parse(caption), parse(scene)
+    if said is None or said[7] not in (None, seen[7]):
+        return False
+
+    def match(nouns: Sequence[str | None]) -> bool:
+        return all(word in (None, truth) for word, truth in zip(nouns, seen[0:3] + seen[4:7]))
+
+    if said[3] in RELATIONS:
+        return said[3] == seen[3] and match(said[0:3] + said[4:7])
+    return match(said[0:3] + said[4:7]) or match(said[4:7] + said[0:3])
+
+
+def describe(scene: str, keep: float, rng: random.Random) -> str:
+    """An alt text: the scene's description with each attribute kept with probability `keep`; "and" drops the order."""
+    size1, colour1, shape1, relation, size2, colour2, shape2, background = (
+        word if index in (2, 6) or rng.random() < keep else None for index, word in enumerate(parse(scene))
+    )
+    first, second = (" ".join(filter(None, ("a", *noun))) for noun in ((size1, colour1, shape1), (size2, colour2, shape2)))
+    if relation is None and rng.random() < 0.5:
+        first, second = second, first
+    return f"{first} {relation or 'and'} {second}" + (f" on a {background} background" if background else "")
+
+
+def write_references(scene: str, rng: random.Random, count: int = 5, generic: float = 0.7) -> tuple[str, ...]:
+    """What people might write: most often something generic, now and then the whole scene."""
+    _, colour1, shape1, _, _, colour2, shape2, background = parse(scene)
+    choices = (
+        f"a {colour1} {shape1} and a {colour2} {shape2}",
+        f"a {colour1} {shape1} and a {colour2} {shape2}",
+        f"a {shape1} and a {shape2}",
+        f"two shapes on a {background} background",
+    )
+    return tuple(rng.choice(choices) if rng.random() < generic else scene for _ in range(count))
+
+
+def draw(scene: str, rng: random.Random, pixels: int = 32) -> Image.Image:
+    """The scene as a picture; each shape's place varies by a few pixels. Drawn four times too large, then shrunk."""
+    size1, colour1, shape1, relation, size2, colour2, shape2, background = parse(scene)
+    picture = Image.new("RGB", (4 * pixels, 4 * pixels), BACKGROUNDS[background])
+    canvas = ImageDraw.Draw(picture)
+    for along, size, colour, shape in ((8, size1, colour1, shape1), (24, size2, colour2, shape2)):
+        x, y = along + rng.uniform(-0.5, 0.5), 16 + rng.uniform(-1, 1)
+        x, y = (x, y) if relation == "to the left of" else (y, x)
+        r = SIZES[size]
+        box = [4 * (x - r), 4 * (y - r), 4 * (x + r), 4 * (y + r)]
+        if shape in OUTLINES:
+            canvas.polygon([(4 * (x + r * dx), 4 * (y + r * dy)) for dx, dy in OUTLINES[shape]], fill=COLOURS[colour])
+        elif shape == "circle":
+            canvas.ellipse(box, fill=COLOURS[colour])
+        else:
+            canvas.ellipse(box, outline=COLOURS[colour], width=round(1.8 * r))
+    return picture.resize((pixels, pixels), Image.Resampling.BOX)
+
+
+def toy_world(seed: int, **sizes: int) -> dict[str, list[Example]]:
+    """Splits of the toy world, for instance `toy_world(0, train=8000, test=1000)["test"]`; no scene occurs twice."""
+    rng = random.Random(seed)
+    nouns = [f"a {size} {colour} {shape}" for size in SIZES for colour in COLOURS for shape in SHAPES]
+    scenes = [
+        f"{first} {relation} {second} on a {background} background"
+        for first in nouns for second in nouns for relation in RELATIONS for background in BACKGROUNDS
+    ]  # fmt: skip
+    chosen = iter(rng.sample(scenes, sum(sizes.values())))
+    return {
+        split: [
+            Example(f"{split}-{number:05d}", draw(scene, rng), write_references(scene, rng), scene)
+            for number, scene in zip(range(size), chosen)
+        ]
+        for split, size in sizes.items()
+    }
+
+
+SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .avif .heic".split())
+
+
+def load_image(image: Path | Image.Image) -> Image.Image:
+    """Any picture as upright RGB: EXIF rotation applied, transparency on white, 16-bit scaled, first frame of a film.
+
+    Raises OSError, ValueError or Image.DecompressionBombError for what is not a whole, reasonable picture.
+    """
+    if isinstance(image, Path):
+        image = Image.open(image)
+        image.load()  # a truncated file fails here, not later
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would clip nearly all of them to white
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def find_images(paths: Iterable[str]) -> list[Path]:
+    """The pictures named, and those in the folders named, each once, in order. Raises UserError where there is none."""
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"{path}: no pictures in this folder (looked for {' '.join(sorted(SUFFIXES))})")
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+def read_examples(folder: str) -> list[Example]:
+    """Read a folder with metadata.jsonl: a line per picture with `file_name` and `caption`, a string or a list."""
+    table = Path(folder) / "metadata.jsonl"
+    examples = []
+    try:
+        lines = table.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{table}: {error}; DATA is `toy` or a folder with a metadata.jsonl") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            references = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
+            example = Example(row["file_name"], table.parent / row["file_name"], tuple(references), row.get("scene"))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{table}:{number}: not JSON with file_name and caption ({error!r})") from None
+        if not example.image.is_file():
+            raise UserError(f"{table}:{number}: no such picture: {example.image}")
+        if not all(isinstance(each, str) and each.strip() for each in references) or not references:
+            raise UserError(f"{table}:{number}: caption must be a text or a list of texts, none empty")
+        examples.append(example)
+    if not examples:
+        raise UserError(f"{table}: no examples in it")
+    return examples
+
+
+def write_examples(folder: Path, examples: Sequence[Example]) -> None:
+    """Save examples as PNG files and a metadata.jsonl, the form that `read_examples` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for example in examples:
+        load_image(example.image).save(folder / f"{example.image_id}.png")
+        rows.append({"file_name": f"{example.image_id}.png", "caption": example.references, "scene": example.scene})
+    write_text(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def schedule(examples: Sequence[Example], batch_size: int, steps: int, seed: int) -> Iterator[list[tuple[int, int]]]:
+    """For each step a batch of (index of an example, index of the reference that is its ground truth).
+
+    Every epoch is a new shuffle, and a batch never crosses into the next epoch, so it never holds a picture twice: the
+    contrastive reward would take the copy for a competitor.
+    """
+    rng, order = random.Random(seed), []
+    for _ in range(steps):
+        if len(order) < batch_size:
+            order = rng.sample(range(len(examples)), len(examples))
+        batch, order = order[:batch_size], order[batch_size:]
+        yield [(index, rng.randrange(len(examples[index].references))) for index in batch]
+
+
+# ---- 3  Captioner: encode once, then sample, decode greedily and score from the same features ------------------------
+
+
+class Captioner(nn.Module):
+    """A BLIP captioner p(c|i) and its processor. `tokens` are (B, T): start, words, end, then padding."""
+
+    def __init__(self, model: nn.Module, processor) -> None:
+        super().__init__()
+        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
+        config = model.config.text_config
+        self.start, self.end, self.pad = config.bos_token_id, config.sep_token_id, config.pad_token_id
+
+    @classmethod
+    def load(cls, name: str) -> Captioner:
+        """Load a Hub name, a Hugging Face folder, or the captioner of a run folder, in fp32."""
+        from transformers import AutoProcessor, BlipForConditionalGeneration
+
+        folder = local_folder(name, "captioner", "config.json")
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        if kind != "blip":
+            raise UserError(f"{name}: a captioner of type {kind}; this version knows blip")
+        model = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        return cls(model, AutoProcessor.from_pretrained(folder))
+
+    def save(self, folder: Path) -> None:
+        """Write an ordinary Hugging Face folder."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """RGB pictures, resized and normalised as the checkpoint wants them: (B, 3, H, W)."""
+        return self.processor.image_processor(list(images), return_tensors="pt").pixel_values
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Image features (B, N, H), computed once and used by everything below."""
+        return self.model.vision_model(pixels.to(self.device)).last_hidden_state
+
+    def tokenize(self, captions: Sequence[str], max_length: int) -> Tensor:
+        """Captions as tokens (B, T), T <= max_length + 1. Longer ones are cut, and then have no end token."""
+        batch = self.tokenizer(list(captions), add_special_tokens=False, truncation=True, max_length=max_length).input_ids
+        rows = [torch.tensor([self.start, *words, self.end][: max_length + 1]) for words in batch]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.device)
+
+    def mask(self, tokens: Tensor) -> Tensor:
+        """1.0 for the tokens after the start up to and with the first end, 0.0 for padding: (B, T - 1)."""
+        ends = tokens[:, 1:] == self.end
+        return ((ends.cumsum(dim=1) - ends.long()) == 0).float()  # not `!= pad`: in GPT-2, pad is end
+
+    @torch.no_grad()
+    def generate(self, features: Tensor, max_length: int, sample: bool = False, beams: int = 1) -> Tensor:
+        """Write a caption per image: tokens (B, T). `sample` draws from p(c|i) itself: no top-k, no top-p, temperature 1.
+
+        Every decoding option is passed: what a checkpoint's own generation config says would bias the samples.
+        """
+        return self.model.text_decoder.generate(
+            input_ids=torch.full((len(features), 1), self.start, device=self.device),
+            encoder_hidden_states=features,
+            encoder_attention_mask=torch.ones(features.shape[:2], device=self.device),
+            do_sample=sample, **(dict(top_k=0, top_p=1.0, temperature=1.0) if sample else {}), num_beams=beams,
+            repetition_penalty=1.0, max_new_tokens=max_length, eos_token_id=self.end, pad_token_id=self.pad,
+        )  # fmt: skip
+
+    def log_probs(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """log p of each token given those before it, in nats: (B, T - 1). Differentiable; padding is up to `mask`."""
+        logits = self.model.text_decoder(
+            input_ids=tokens[:, :-1],
+            encoder_hidden_states=features,
+            encoder_attention_mask=torch.ones(features.shape[:2], device=self.device),
+        ).logits  # (B, T - 1, V)
+        return logits.log_softmax(dim=-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Tokens as text."""
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+
+
+def local_folder(name: str, inside: str, wanted: str) -> Path:
+    """The folder of a checkpoint: `name` itself, `name`/`inside` (a run folder), or the Hub's, from its cache if it is there.
+
+    Raises UserError, in seconds, where there is none.
+    """
+    for folder in (Path(name) / inside, Path(name)):
+        if (folder / wanted).is_file():
+            return folder
+    if Path(name).exists():
+        raise UserError(f"{name}: not a checkpoint: no {wanted} and no {inside}/{wanted} in it")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = ["*.json", "*.txt", "*.safetensors"]
+    try:
+        try:
+            return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        except FileNotFoundError:
+            return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{name}: neither a local folder nor to be had from the Hugging Face Hub ({reason}); give a folder, "
+                        "for instance --captioner runs/toy after `distcap train`") from None  # fmt: skip
+
+
+def toy_tokenizer():
+    """A BERT tokenizer that knows the toy world's words. [SEP] has the highest id: CLIP pools at the argmax."""
+    from transformers import BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[MASK]", "[DEC]", *dict.fromkeys(WORDS), "[SEP]"]
+    return BertTokenizer(vocab={word: number for number, word in enumerate(words)}, bos_token="[DEC]")
+
+
+def toy_captioner() -> Captioner:
+    """A BLIP of 0.6 M parameters with random weights, for 32-pixel pictures and the toy world's words."""
+    from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
+
+    tokenizer = toy_tokenizer()
+    # 0.1 is about 1 / sqrt(width). BLIP's own default for the vision tower, 1e-10, supposes that weights are loaded
+    size = dict(hidden_size=96, intermediate_size=384, num_attention_heads=3, initializer_range=0.1)
+    config = BlipConfig(
+        vision_config=dict(size, num_hidden_layers=2, image_size=32, patch_size=8),
+        text_config=dict(
+            size, num_hidden_layers=1, encoder_hidden_size=96, vocab_size=len(tokenizer), max_position_embeddings=32,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.sep_token_id,
+            sep_token_id=tokenizer.sep_token_id, pad_token_id=tokenizer.pad_token_id,
+        ),
+    )  # fmt: skip
+    processor = BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
+    return Captioner(BlipForConditionalGeneration(config), processor)
+
+
+# ---- 4  CLIP: images and captions as unit rows -----------------------------------------------------------------------
+
+
+class CLIP:
+    """A frozen open_clip model: `embed_images` and `embed_captions` give unit rows (B, D) without gradient."""
+
+    def __init__(self, model: nn.Module, preprocess, tokenizer, device: str | torch.device = "cpu") -> None:
+        self.model, self.preprocess, self.tokenizer, self.device = model.eval().to(device), preprocess, tokenizer, device
+        self.logit_scale = model.logit_scale.exp().item()  # s, after exp
+
+    @classmethod
+    def load(cls, name: str, device: str | torch.device = "cpu") -> CLIP:
+        """Load an open_clip NAME/TAG, hf-hub:NAME, a folder with open_clip_config.json, or the CLIP of a run folder."""
+        import open_clip
+
+        architecture, tag, quick = name, None, False
+        if not name.startswith("hf-hub:") and "/" in name and not Path(name).exists():
+            architecture, tag = name.rsplit("/", 1)
+            if tag not in open_clip.list_pretrained_tags_by_model(architecture):
+                raise UserError(f"{name}: no such open_clip model, nor a folder; for instance ViT-B-32/openai")
+            # weights trained with QuickGELU give other embeddings without it, and open_clip only warns
+            quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))
+        elif not name.startswith("hf-hub:"):
+            architecture = f"local-dir:{local_folder(name, 'clip', 'open_clip_config.json')}"
+        try:
+            model, preprocess = open_clip.create_model_from_pretrained(architecture, tag, force_quick_gelu=quick)
+            return cls(model, preprocess, open_clip.get_tokenizer(architecture), device)
+        except (RuntimeError, OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"{name}: this CLIP cannot be loaded ({reason}); --clip takes NAME/TAG or a folder") from None
+
+    @torch.no_grad()
+    def embed_images(self, images: Iterable[Image.Image], batch_size: int = 64) -> Tensor:
+        """RGB pictures as unit rows (B, D)."""
+        rows, images = [], iter(images)
+        while batch := [self.preprocess(image) for _, image in zip(range(batch_size), images)]:
+            rows.append(self.model.encode_image(torch.stack(batch).to(self.device), normalize=True))
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Captions as unit rows (B, D). Each distinct caption is embedded once, so that equal captions tie exactly."""
+        distinct = list(dict.fromkeys(captions))
+        rows = [
+            self.model.encode_text(self.tokenizer(distinct[start : start + batch_size]).to(self.device), normalize=True)
+            for start in range(0, len(distinct), batch_size)
+        ]
+        number = {caption: row for row, caption in enumerate(distinct)}
+        return torch.cat(rows)[[number[caption] for caption in captions]]
+
+
+def toy_clip(folder: Path, examples: Sequence[Example], seed: int, steps: int, width: int = 96, batch_size: int = 128) -> CLIP:
+    """Pretrain a CLIP of 0.5 M parameters on the pictures and their alt texts; save it to `folder`; return it loaded.
+
+    The loss is CLIP's own: the cross-entropy of picking each picture's text among the batch's, and the reverse.
+    """
+    import open_clip
+    from safetensors.torch import save_model
+
+    tower = dict(width=width, layers=2)
+    text = dict(tower, heads=3, context_length=20, vocab_size=len(toy_tokenizer()), hf_tokenizer_name="toy")
+    config = dict(embed_dim=width, vision_cfg=dict(tower, head_width=32, image_size=32, patch_size=8), text_cfg=text)
+    folder.mkdir(parents=True, exist_ok=True)
+    toy_tokenizer().save_pretrained(folder)
+    write_text(folder / "open_clip_config.json", json.dumps({"model_cfg": config, "preprocess_cfg": {}}, indent=2))
+
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    local = f"local-dir:{folder}"
+    tokenizer, model = open_clip.get_tokenizer(local), open_clip.CLIP(**config)
+    preprocess = open_clip.image_transform(32, is_train=False)
+    pixels = torch.stack([preprocess(example.image) for example in examples])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    learning_rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(steps, 2))
+    for batch in tqdm(schedule(examples, batch_size, steps, seed), "CLIP", steps, disable=None):
+        texts = tokenizer([describe(examples[index].scene, 0.75, rng) for index, _ in batch])
+        images, captions, scale = model(pixels[[index for index, _ in batch]], texts)
+        logits, diagonal = scale * images @ captions.T, torch.arange(len(batch))
+        loss = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        learning_rate.step()
+    save_model(model, str(folder / "open_clip_model.safetensors"))
+    return CLIP.load(str(folder))
+
+
+# ---- 5  Rewards: pure functions of unit embeddings; nothing here has a gradient to give ------------------------------
+
+
+def similarity_reward(caption_embeddings: Tensor, image_embeddings: Tensor) -> Tensor:
+    """Cosine of each caption with its own image: (C, D), (C, D) -> (C,), in [-1, 1]. The reward of Cho et al. 2022."""
+    return (caption_embeddings * image_embeddings).sum(dim=1)
+
+
+def contrastive_reward(
+    caption_embeddings: Tensor,
+    image_embeddings: Tensor,
+    image_index: Tensor,
+    logit_scale: float,
+    direction: str = "both",
+) -> Tensor:
+    """Bidirectional contrastive reward (Eq. 6) of every caption of the pool: (C, D), (I, D), (C,) -> (C,), a cosine's units.
+
+    Image-to-text: is this caption the one to pick for its image, among all captions of the pool?
+        a(c, i) = s e_c.e_i - log sum_{c' != c} exp(s e_c'.e_i)
+    Text-to-image: is this image the one to pick for the caption, among all images?
+        b(c, i) = s e_c.e_i - log sum_{i' != i} exp(s e_c.e_i')
+    The reward is (a + b) / 2s; with one direction, a / s or b / s. The log-sum-exp is a soft maximum: the strongest
+    competitor is the baseline. Only the scored pair is left out of it, so that the ground truth and the greedy caption
+    of the same image compete with the sample. Alone in its pool, a caption has no competitor, and that half is s e_c.e_i.
+
+    `image_index[c]` is the row of caption c's own image. Masking before the log-sum-exp is exact at any scale, where
+    exp() and a subtraction, as in the authors' script, overflow.
+    """
+    logits = logit_scale * caption_embeddings @ image_embeddings.T  # (C, I)
+    captions = torch.arange(len(logits), device=logits.device)
+    own = logits[captions, image_index]  # (C,)
+
+    def soft_maximum(others: Tensor) -> Tensor:
+        value = others.logsumexp(dim=1)
+        return torch.where(value.isneginf(), 0.0, value)
+
+    image_to_text = own - soft_maximum(logits.T[image_index].masked_fill(captions[:, None] == captions, -torch.inf))
+    images = torch.arange(len(image_embeddings), device=logits.device)
+    text_to_image = own - soft_maximum(logits.masked_fill(image_index[:, None] == images, -torch.inf))
+    halves = {"image-to-text": image_to_text, "text-to-image": text_to_image}
+    return halves.get(direction, (image_to_text + text_to_image) / 2) / logit_scale
+
+
+def mixed_reward(similarity: Tensor, regularizer: Tensor, similarity_weight: float) -> Tensor:
+    """r = alpha r_sim + (1 - alpha) r_reg (Eq. 3), elementwise."""
+    return similarity_weight * similarity + (1 - similarity_weight) * regularizer
+
+
+def centred_advantages(rewards: Tensor, baseline_rewards: Tensor) -> Tensor:
+    """Rewards less the mean of `baseline_rewards`: (C,), (B,) -> (C,)."""
+    return rewards - baseline_rewards.mean()
+
+
+def self_critical_advantages(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
+    """A = r - r(greedy caption of the same image) (Eq. 7): (B,), (B,) -> (B,)."""
+    return rewards - greedy_rewards
+
+
+# ---- 6  Discriminator: is this caption human? ------------------------------------------------------------------------
+
+
+class Discriminator(nn.Module):
+    """D(i, c) of Eq. 4: two hidden layers on e_i and e_c side by side; `forward` gives logits (C,)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(2 * width, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 1)
+        )
+
+    def forward(self, image_embeddings: Tensor, caption_embeddings: Tensor) -> Tensor:
+        return self.layers(torch.cat([image_embeddings, caption_embeddings], dim=1)).squeeze(1)
+
+
+def discriminator_loss(sampled_logits: Tensor, ground_truth_logits: Tensor) -> Tensor:
+    """Binary cross-entropy (Eq. 4), in nats: sampled captions are 0, ground truth is 1, both halves weigh the same."""
+    return (F.softplus(sampled_logits).mean() + F.softplus(-ground_truth_logits).mean()) / 2
+
+
+# ---- 7  Objective: the only place where a loss of the captioner is made ----------------------------------------------
+
+
+def mean_log_probs(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """log p(c|i) of each caption: the mean over its real tokens, in nats: (B, T), (B, T) -> (B,)."""
+    return (log_probs * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def teacher_forcing_loss(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """-log p(ground truth | i) (Eq. 1), the mean over the batch: (B, T), (B, T) -> ()."""
+    return -mean_log_probs(log_probs, mask).mean()
+
+
+def reinforce_loss(log_probs: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
+    """-A log p(c|i) (Eq. 2), the mean over the batch: (B, T), (B, T), (B,) -> ().
+
+    The advantages are detached: the gradient is the score function's. Its value is no measure of progress, only its
+    gradient means something.
+    """
+    return -(advantages.detach() * mean_log_probs(log_probs, mask)).mean()
+
+
+def ground_truth_loss(log_probs: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
+    """REINFORCE with the ground-truth caption as the trajectory (Eq. 5): teacher forcing weighted by distinctiveness.
+
+    Negative advantages count as zero: a human caption that is less distinctive than others is not to be unlearned.
+    """
+    return reinforce_loss(log_probs, mask, advantages.clamp(min=0))
+
+
+# ---- 8  Training -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """What a step needs of B examples: their numbers, one ground-truth caption each, and pixels (B, 3, H, W)."""
+
+    indices: list[int]
+    ground_truth: list[str]
+    pixels: Tensor
+
+
+class Batches(torch.utils.data.Dataset):
+    """Examples, indexed by a batch of the schedule: a DataLoader reads whole batches, in worker processes if it likes."""
+
+    def __init__(self, examples: Sequence[Example], captioner: Captioner) -> None:
+        self.examples, self.pixels = examples, captioner.pixels
+
+    def __getitem__(self, batch: Sequence[tuple[int, int]]) -> Batch:
+        chosen = [self.examples[index] for index, _ in batch]
+        ground_truth = [example.references[reference] for example, (_, reference) in zip(chosen, batch)]
+        pixels = self.pixels([load_image(example.image) for example in chosen])
+        return Batch([index for index, _ in batch], ground_truth, pixels)
+
+
+@dataclass
+class Learner:
+    """The captioner that learns and what teaches it: CLIP, its embeddings (N, D) of the training images, Eq. 4."""
+
+    captioner: Captioner
+    clip: CLIP
+    image_embeddings: Tensor
+    discriminator: Discriminator
+    discriminator_optimizer: torch.optim.Optimizer
+
+
+def teacher_forcing_step(learner: Learner, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, float]]:
+    """The loss of Eq. 1 on a batch, and what to log."""
+    captioner = learner.captioner
+    tokens = captioner.tokenize(batch.ground_truth, config.max_length)
+    loss = teacher_forcing_loss(captioner.log_probs(captioner.encode(batch.pixels), tokens), captioner.mask(tokens))
+    return loss, {}
+
+
+def reinforce_step(learner: Learner, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, float]]:
+    """The loss of Eq. 2-6 on a batch, and what to log. Also takes the discriminator's step."""
+    captioner = learner.captioner
+    features = captioner.encode(batch.pixels)  # (B, N, H): once, for all that follows
+    sampled = captioner.generate(features.detach(), config.max_length, sample=True)
+    greedy = captioner.generate(features.detach(), config.max_length)
+    pool = captioner.decode(sampled) + batch.ground_truth + captioner.decode(greedy)  # C = 3B captions
+
+    caption_embeddings = learner.clip.embed_captions(pool)
+    image_embeddings = learner.image_embeddings[batch.indices]
+    rewards, accuracy = reward(learner, caption_embeddings, image_embeddings, config)
+    sampled_rewards, ground_truth_rewards, greedy_rewards = rewards.chunk(3)
+    if config.baseline == "greedy":
+        advantages = self_critical_advantages(sampled_rewards, greedy_rewards)
+        ground_truth_advantages = self_critical_advantages(ground_truth_rewards, greedy_rewards)
+    else:
+        advantages = centred_advantages(sampled_rewards, sampled_rewards)
+        ground_truth_advantages = ground_truth_rewards
+
+    rows = [*sampled, *captioner.tokenize(batch.ground_truth, config.max_length)]
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=captioner.pad)  # (2B, T)
+    log_probs = captioner.log_probs(features.repeat(2, 1, 1), tokens)
+    sampled_log_probs, ground_truth_log_probs = log_probs.chunk(2)
+    sampled_mask, ground_truth_mask = captioner.mask(tokens).chunk(2)
+    sampled_loss = reinforce_loss(sampled_log_probs, sampled_mask, advantages)
+    human_loss = ground_truth_loss(ground_truth_log_probs, ground_truth_mask, ground_truth_advantages)
+    return config.sampled_weight * sampled_loss + config.ground_truth_weight * human_loss, {
+        "reward": sampled_rewards.mean().item(),
+        "ground_truth_reward": ground_truth_rewards.mean().item(),
+        "discriminator_accuracy": accuracy,
+        "mean_length": sampled_mask.sum(dim=1).mean().item(),
+    }
+
+
+def reward(
+    learner: Learner, caption_embeddings: Tensor, image_embeddings: Tensor, config: TrainConfig
+) -> tuple[Tensor, float]:
+    """Rewards (C,) of the pool (sampled, ground truth, greedy), Eq. 3, and the discriminator's accuracy; trains it (Eq. 4)."""
+    image_index = torch.arange(len(image_embeddings), device=image_embeddings.device).repeat(3)  # (C,)
+    images = image_embeddings[image_index]  # (C, D)
+    if config.baseline == "contrastive":
+        similarity = contrastive_reward(
+            caption_embeddings, image_embeddings, image_index, learner.clip.logit_scale, config.direction
+        )
+    else:
+        similarity = similarity_reward(caption_embeddings, images)
+    logits = learner.discriminator(images, caption_embeddings)  # (C,), before its step
+    sampled, ground_truth, _ = logits.chunk(3)
+    loss = discriminator_loss(sampled, ground_truth)
+    learner.discriminator_optimizer.zero_grad()
+    loss.backward()
+    learner.discriminator_optimizer.step()
+    accuracy = torch.cat([sampled < 0, ground_truth > 0]).float().mean().item()
+    return mixed_reward(similarity, logits.detach().sigmoid(), config.similarity_weight), accuracy
+
+
+def fit(learner: Learner, examples: Sequence[Example], stage: str, config: TrainConfig, log) -> None:
+    """Run one stage, `tf` or `rl`: schedule -> batch -> step -> clipped AdamW update with warm-up and linear decay."""
+    step, steps, peak = {
+        "tf": (teacher_forcing_step, config.tf_steps, config.tf_learning_rate),
+        "rl": (reinforce_step, config.steps, config.learning_rate),
+    }[stage]
+    if not steps:
+        return
+    captioner = learner.captioner.train(stage == "tf")  # in RL no dropout: score the policy that was sampled
+    optimizer = torch.optim.AdamW(captioner.parameters(), lr=peak)
+    warmup = max(steps // 20, 1)
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: min((done + 1) / warmup, (steps - done) / max(steps - warmup, 1))
+    )
+    order = list(schedule(examples, config.batch_size, steps, config.seed))
+    batches = torch.utils.data.DataLoader(Batches(examples, captioner), sampler=order, batch_size=None)
+    bar = tqdm(batches, stage, disable=None)
+    for number, batch in enumerate(bar):
+        torch.manual_seed(config.seed * 1_000_003 + number)  # a step's randomness depends on nothing before it
+        loss, record = step(learner, batch, config)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(captioner.parameters(), config.max_gradient_norm)
+        optimizer.step()
+        decay.step()
+        record = {"stage": stage, "step": number, "loss": loss.item(), **record}
+        log.write(json.dumps(record) + "\n")
+        bar.set_postfix({name: f"{record[name]:.3f}" for name in ("loss", "reward") if name in record})
+    captioner.eval()
+
+
+# ---- 9  Evaluation ---------------------------------------------------------------------------------------------------
+
+
+def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
+    """Rank, from 1, of target n for query n: (N, D), (N, D) -> (N,). A tie counts as a loss, so saying one thing scores nothing."""
+    ranks = []
+    for start in range(0, len(queries), chunk):
+        similarity = queries[start : start + chunk] @ targets.T  # (chunk, N)
+        own = similarity.diagonal(offset=start)[:, None]
+        ranks.append((similarity >= own - 1e-6).sum(dim=1))  # counts the target itself: rank 1 is the best
+    return torch.cat(ranks)
+
+
+def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor) -> dict[str, float]:
+    """Recall at 1, 5 and 10 and the median rank, both ways, over all the images given."""
+    measures = {}
+    for direction, queries, targets in (
+        ("text_to_image", caption_embeddings, image_embeddings),
+        ("image_to_text", image_embeddings, caption_embeddings),
+    ):
+        ranks = retrieval_ranks(queries, targets)
+        measures |= {f"{direction}_R@{k}": (ranks <= k).float().mean().item() for k in (1, 5, 10)}
+        measures[f"{direction}_median_rank"] = ranks.median().item()
+    return measures
+
+
+def split_words(caption: str) -> str:
+    """A caption as its lower-case words, one space between, punctuation dropped: what the n-gram metrics compare."""
+    return " ".join(re.findall(r"\w+(?:['-]\w+)*", caption.lower()))
+
+
+def ngram_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """BLEU-4, ROUGE-L and CIDEr by pycocoevalcap."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    written = {number: [split_words(caption)] for number, caption in enumerate(captions)}
+    human = {number: [split_words(each) for each in some] for number, some in enumerate(references)}
+    bleu = Bleu(4).compute_score(human, written, verbose=0)[0]
+    return {
+        "bleu_4": bleu[3],
+        "rouge_l": float(Rouge().compute_score(human, written)[0]),
+        "cider": float(Cider().compute_score(human, written)[0]),
+    }
+
+
+def toy_measures(captions: Sequence[str], scenes: Sequence[str]) -> dict[str, float]:
+    """What only a known world can tell: is the caption well-formed, is it true, of how many scenes is it true?
+
+    oracle_R@1 is the chance of an ideal reader to pick the right picture: 1 / number of scenes of which the caption is
+    true, 0 if it is not true of its own.
+    """
+    faithful = [is_true(caption, scene) for caption, scene in zip(captions, scenes)]
+    matches = {caption: sum(is_true(caption, scene) for scene in scenes) for caption in set(captions)}
+    return {
+        "well_formed": statistics.fmean(parse(caption) is not None for caption in captions),
+        "faithful": statistics.fmean(faithful),
+        "oracle_R@1": statistics.fmean(true / matches[caption] if true else 0.0 for true, caption in zip(faithful, captions)),
+    }
+
+
+def evaluate(captions: Sequence[str], examples: Sequence[Example], clip: CLIP) -> dict[str, float]:
+    """All the measures of captions[n] for examples[n]."""
+    image_embeddings = clip.embed_images(load_image(example.image) for example in examples)
+    measures = retrieval(clip.embed_captions(captions), image_embeddings)
+    measures |= ngram_metrics(captions, [example.references for example in examples])
+    measures["mean_length"] = statistics.fmean(len(caption.split()) for caption in captions)
+    measures["distinct"] = len(set(captions)) / len(captions)
+    if all(example.scene for example in examples):
+        measures |= toy_measures(captions, [example.scene for example in examples])
+    return measures
+
+
+def table(columns: dict[str, dict[str, float]]) -> str:
+    """Measures as lines, a column per mapping; shares in percent."""
+    rows = [("", *columns)]
+    for name in next(iter(columns.values())):
+        share = "R@" in name or name in ("well_formed", "faithful", "distinct")
+        rows.append((name, *(f"{column[name]:.1%}" if share else f"{column[name]:.3g}" for column in columns.values())))
+    return "\n".join(f"{name:26}" + "".join(f"{value:>10}" for value in values) for name, *values in rows)
+
+
+# ---- 10  Command line ------------------------------------------------------------------------------------------------
+
+
+def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], config: Decoding) -> Iterator[str | Exception]:
+    """For each picture, in order, its caption, or the error that its file gave."""
+    for start in tqdm(range(0, len(images), config.batch_size), "caption", disable=None):
+        loaded: list[Image.Image | Exception] = []
+        for image in images[start : start + config.batch_size]:
+            try:
+                loaded.append(load_image(image))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                loaded.append(error)
+        captions = iter(())
+        if good := [image for image in loaded if isinstance(image, Image.Image)]:
+            with torch.no_grad():
+                features = captioner.encode(captioner.pixels(good))
+            captions = iter(captioner.decode(captioner.generate(features, config.max_length, beams=config.beams)))
+        yield from (image if isinstance(image, Exception) else next(captions) for image in loaded)
+
+
+def caption_and_evaluate(captioner: Captioner, clip: CLIP, examples: Sequence[Example], config: Decoding):
+    """Captions of the examples and their measures. Raises UserError for a picture that cannot be read."""
+    captions = list(write_captions(captioner, [example.image for example in examples], config))
+    for example, caption in zip(examples, captions):
+        if isinstance(caption, Exception):
+            raise UserError(f"{example.image}: cannot be read ({caption})")
+    return captions, evaluate(captions, examples, clip)
+
+
+def load_models(config: Decoding, device: str, captioner_only: bool = False) -> tuple[Captioner, CLIP | None]:
+    """The captioner and CLIP that the flags name. A run folder given as the captioner also brings its CLIP."""
+    captioner = config.captioner or "Salesforce/blip-image-captioning-base"
+    clip = config.clip or (captioner if (Path(captioner) / "clip").is_dir() else "ViT-B-32/openai")
+    return Captioner.load(captioner).eval().to(device), None if captioner_only else CLIP.load(clip, device)
+
+
+def pick_device(name: str) -> str:
+    """`auto` is the first of cuda, mps and cpu that is there."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def train(config: TrainConfig) -> int:
+    """`distcap train`: see TrainConfig."""
+    out, device = Path(config.out or f"runs/{Path(config.data).name}"), pick_device(config.device)
+    if out.exists() and not config.overwrite:
+        raise UserError(f"{out}: is there already; give another folder with --out, or --overwrite to replace this run")
+    if config.data == "toy":
+        world = toy_world(config.seed, train=config.train_size, test=config.test_size)
+        training = world["train"]
+        write_examples(out / "test", world["test"])
+        test = read_examples(str(out / "test"))  # from disk, so that `eval` sees the same
+    else:
+        everything = read_examples(config.data)
+        random.Random(config.seed).shuffle(everything)
+        test, training = everything[: config.test_size], everything[config.test_size :][: config.train_size]
+    if len(training) < config.batch_size:
+        raise UserError(f"--batch-size {config.batch_size}: more than the {len(training)} training examples; give less")
+    torch.manual_seed(config.seed)
+    if config.data == "toy" and config.captioner is None:
+        captioner, clip = toy_captioner(), toy_clip(out / "clip", training, config.seed, config.clip_steps)
+    else:
+        captioner, clip = load_models(config, device)
+    write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
+
+    embeddings = clip.embed_images(load_image(example.image) for example in training)
+    discriminator = Discriminator(embeddings.shape[1]).to(device)
+    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=config.discriminator_learning_rate)
+    learner = Learner(captioner.to(device), clip, embeddings, discriminator, optimizer)
+    with open(out / "log.jsonl", "w", encoding="utf-8") as log:
+        if config.objective == "rl":
+            fit(learner, training, "tf", config, log)
+        before = caption_and_evaluate(captioner, clip, test, config)
+        fit(learner, training, config.objective, config, log)
+    captioner.save(out / "captioner")
+    after = caption_and_evaluate(captioner, clip, test, config)
+    report(out, config, test, before, after)
+    return 0
+
+
+def report(out: Path, config: TrainConfig, test: Sequence[Example], before, after) -> None:
+    """Save results.json, and print the table and a few pictures' captions."""
+    shown = [
+        {"file_name": example.image_id, "before": old, "after": new}
+        for example, old, new in list(zip(test, before[0], after[0]))[:6]
+    ]
+    results = dict(before=before[1], after=after[1], split="test", images=len(test), seed=config.seed,
+                   decoding=dict(beams=config.beams, max_length=config.max_length), versions=versions(), captions=shown)  # fmt: skip
+    write_text(out / "results.json", json.dumps(results, indent=2))
+    print(table({"before": before[1], "after": after[1]}))
+    for row in shown:
+        print(f"\n{row['file_name']}\n  before  {row['before']}\n  after   {row['after']}")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "open_clip_torch", "pycocoevalcap", "pillow")}
+
+
+def caption(config: CaptionConfig) -> int:
+    """`distcap caption`: see CaptionConfig."""
+    paths = find_images(config.paths)
+    captioner, _ = load_models(config, pick_device(config.device), captioner_only=True)
+    failures = []
+    for path, written in zip(paths, write_captions(captioner, paths, config)):
+        if isinstance(written, Exception):
+            failures.append(f"{path}: {written or type(written).__name__}")
+        else:
+            print(path, written, sep="\t", flush=True)
+    for failure in failures:
+        print(f"distcap: no caption for {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def evaluate_command(config: EvalConfig) -> int:
+    """`distcap eval`: see EvalConfig."""
+    examples = read_examples(config.data)
+    captioner, clip = load_models(config, pick_device(config.device))
+    _, measures = caption_and_evaluate(captioner, clip, examples, config)
+    if config.out:
+        write_text(Path(config.out), json.dumps(measures, indent=2))
+    print(table({"": measures}))
+    return 0
+
+
+VERBS = {"train": (TrainConfig, train), "caption": (CaptionConfig, caption), "eval": (EvalConfig, evaluate_command)}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def add_flags(parser: argparse.ArgumentParser, cls) -> None:
+    """A flag for each field of a configuration. What is not given parses as None: `configuration` knows the defaults."""
+    hints = typing.get_type_hints(cls)
+    for each in dataclasses.fields(cls):
+        limits, help = each.metadata, each.metadata["help"]
+        kind = next((kind for kind in (int, float) if kind in (hints[each.name], *typing.get_args(hints[each.name]))), str)
+
+        def convert(text: str, kind=kind, limits=limits):
+            value = kind(text)
+            if not limits.get("minimum", value) <= value <= limits.get("maximum", value):
+                raise argparse.ArgumentTypeError(f"{text}: must be at least {limits['minimum']}"
+                                                 + (f" and at most {limits['maximum']}" if "maximum" in limits else ""))  # fmt: skip
+            return value
+
+        convert.__name__ = kind.__name__  # argparse says "invalid int value"
+        if "positional" in limits:
+            parser.add_argument(each.name, metavar=each.name.upper(), nargs=limits["positional"], help=help)
+        elif hints[each.name] is bool:
+            parser.add_argument("--" + each.name.replace("_", "-"), action="store_true", default=None, help=help)
+        else:
+            default = f"{each.default:,}" if isinstance(each.default, int) else each.default
+            toy = f"; on toy {limits['toy']}" if "toy" in limits else ""
+            parser.add_argument(
+                "--" + each.name.replace("_", "-"), type=convert, choices=limits.get("choices"),
+                help=help + (f" (default: {default}{toy})" if default is not None else ""),
+                metavar=None if "choices" in limits else {int: "N", float: "X", str: "TEXT"}[kind],
+            )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 1 some inputs failed, 2 the user's mistake."""
+    parser = Parser("distcap", description="Distinctive image captioning with CLIP-guided reinforcement learning.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,caption,eval}")
+    for verb, (cls, _) in VERBS.items():
+        add_flags(verbs.add_parser(verb, help=cls.__doc__, description=cls.__doc__), cls)
+    values = vars(parser.parse_args(arguments))
+    cls, run = VERBS[values.pop("verb")]
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip announces what it loads
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # file names need not be UTF-8
+    try:
+        return run(configuration(cls, values, toy=values.get("data") in (None, "toy")))
+    except UserError as error:
+        print(f"distcap: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
