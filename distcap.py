@@ -19,9 +19,9 @@ Departures from the authors' released scripts, each with its reason where it hap
  3. Samples are samples: no beam search, no top-k, so that the REINFORCE gradient is unbiased.
  4. No dropout while sampling and scoring: the policy that is scored is the one that was sampled.
  5. The contrastive reward masks the scored pair out and takes a log-sum-exp; nothing overflows, nothing is clamped.
- 6. Advantages are centred on the batch's mean reward, which leaves the gradient's mean alone and lowers its variance.
- 7. A ground-truth caption that is less distinctive than the average sample gets weight zero, never a negative one:
-    that would be unlikelihood training of human text.
+ 6. The advantages of samples are centred on the batch's mean reward: less variance, and hardly any bias (1/B).
+ 7. A ground-truth caption that loses against its competitors gets weight zero, never a negative one, which would be
+    unlikelihood training of human text.
  8. Retrieval is not the only measure: the toy world's scenes are known, so a hacked reward shows.
 """
 
@@ -31,13 +31,15 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import random
 import re
 import statistics
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -54,9 +56,9 @@ class UserError(Exception):
 # ---- 1  Configuration: the only home of a default and of its help text. The command line's flags are made from it. ---
 
 
-def option(default, help: str, **metadata):
-    """A configuration field. `choices`, `minimum` and `maximum` limit its values; `toy` is its default on the toy world."""
-    return field(default=default, metadata={"help": help, **metadata})
+def option(default, help: str, **limits):
+    """A field and its help text. `choices`, `minimum`, `maximum` limit it; `toy` is its default on the toy world."""
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True)
@@ -79,29 +81,22 @@ class TrainConfig(Decoding):
     data: str = option("toy", "toy (the built-in world), or a folder with metadata.jsonl", positional="?")
     out: str | None = option(None, "run folder (default: runs/<name of data>)")
     objective: str = option("rl", "rl: Eq. 2-6 after teacher forcing; tf: teacher forcing only", choices=("rl", "tf"))
-    baseline: str = option(
-        "contrastive",
-        "contrastive: bidirectional reward, centred (Eq. 6); greedy: similarity, self-critical (Eq. 7)",
-        choices=("contrastive", "greedy"),
-    )
-    direction: str = option(
-        "both", "direction of Eq. 6", choices=("both", "image-to-text", "text-to-image")
-    )
-    similarity_weight: float = option(
-        0.94, "alpha of Eq. 3: weight of CLIP; the discriminator has the rest", minimum=0, maximum=1
-    )
+    baseline: str = option("contrastive", "contrastive: the reward of Eq. 6, centred; greedy: similarity less that "
+                           "of the greedy caption (Eq. 7)", choices=("contrastive", "greedy"))  # fmt: skip
+    direction: str = option("both", "direction of Eq. 6", choices=("both", "image-to-text", "text-to-image"))
+    similarity_weight: float = option(0.94, "alpha of Eq. 3; the discriminator weighs the rest", minimum=0, maximum=1)
     sampled_weight: float = option(1.0, "weight of REINFORCE on sampled captions (Eq. 2)", minimum=0)
     ground_truth_weight: float = option(1.0, "weight of REINFORCE on ground-truth captions (Eq. 5)", minimum=0)
     tf_steps: int = option(0, "steps of teacher forcing, first", toy=600, minimum=0)
     tf_learning_rate: float = option(1e-5, "its peak learning rate", toy=2e-3, minimum=0)
     steps: int = option(10_000, "steps of reinforcement learning", toy=400, minimum=0)
-    learning_rate: float = option(1e-6, "its peak learning rate", toy=4e-4, minimum=0)
+    learning_rate: float = option(1e-6, "its peak learning rate", toy=8e-4, minimum=0)
     discriminator_learning_rate: float = option(7e-5, "learning rate of Eq. 4", toy=1e-3, minimum=0)
+    max_gradient_norm: float = option(1.0, "gradients are scaled down to this norm", minimum=0)
+    clip_steps: int = option(600, "toy only: steps of CLIP's pretraining", minimum=1)
     train_size: int | None = option(None, "use at most so many training examples", toy=8000, minimum=1)
     test_size: int = option(1000, "examples held out for the table", minimum=1)
-    clip_steps: int = option(600, "toy only: steps of CLIP's pretraining", minimum=1)
     overwrite: bool = option(False, "replace an earlier run in the same folder")
-    max_gradient_norm: float = option(1.0, "gradients are scaled down to this norm", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -120,11 +115,19 @@ class EvalConfig(Decoding):
     out: str | None = option(None, "write the measures to this JSON file")
 
 
-def configuration(cls, values: dict, toy: bool = False):
-    """Build a `cls` from parsed flags; a flag not given gets its default, on the toy world the `toy` one."""
+def configuration(cls, values: dict):
+    """Make a `cls`; what is not given gets its default. Raises UserError for a number out of its limits."""
     for each in dataclasses.fields(cls):
+        limits, toy = each.metadata, values.get("data") in (None, "toy")
         if values.get(each.name) is None:
-            values[each.name] = each.metadata.get("toy", each.default) if toy else each.default
+            values[each.name] = limits.get("toy", each.default) if toy else each.default
+        value = values[each.name]
+        if value is not None and not limits.get("minimum", value) <= value <= limits.get("maximum", value):
+            most = f" and at most {limits['maximum']}" if "maximum" in limits else ""
+            flag = each.name.replace("_", "-")
+            raise UserError(f"--{flag} {value}: must be at least {limits['minimum']}{most}")
+    if values["device"] == "auto":
+        values["device"] = str(torch.accelerator.current_accelerator() or "cpu")
     return cls(**values)
 
 
@@ -133,7 +136,7 @@ def configuration(cls, values: dict, toy: bool = False):
 
 @dataclass(frozen=True)
 class Example:
-    """A picture, as a file or in memory, with its references: the human captions. A toy picture also has its `scene`."""
+    """A picture, on disk or in memory, and its references: the human captions. In the toy world, also its `scene`."""
 
     image_id: str
     image: Path | Image.Image
@@ -143,7 +146,7 @@ class Example:
 
 SIZES = {"small": 4.5, "large": 7.5}  # radius in pixels
 SHAPES = ("circle", "ring", "triangle", "star", "bar")
-OUTLINES = {  # corners in units of the radius, y downwards
+CORNERS = {  # in units of the radius, y downwards
     "triangle": ((0, -1), (1, 0.8), (-1, 0.8)),
     "star": ((0, -1), (0.3, -0.3), (1, 0), (0.3, 0.3), (0, 1), (-0.3, 0.3), (-1, 0), (-0.3, -0.3)),
     "bar": ((-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4)),
@@ -152,7 +155,7 @@ COLOURS = dict(red="#e02020", green="#20a020", blue="#2040e0", yellow="#f0e000",
                brown="#804010", cyan="#20d0e0")  # fmt: skip
 BACKGROUNDS = dict(white="#ffffff", black="#000000", gray="#808080", beige="#e8d8b0")
 RELATIONS = ("to the left of", "above")
-WORDS = (*"a two shapes and on background to the left of above".split(), *SIZES, *SHAPES, *COLOURS, *BACKGROUNDS)
+WORDS = [*"a two shapes and on background to the left of above".split(), *SIZES, *SHAPES, *COLOURS, *BACKGROUNDS]
 
 _NOUN = rf"a(?: ({'|'.join(SIZES)}))?(?: ({'|'.join(COLOURS)}))? ({'|'.join(SHAPES)})"
 _GRAMMAR = re.compile(
@@ -163,7 +166,7 @@ _GRAMMAR = re.compile(
 def parse(caption: str) -> tuple[str | None, ...] | None:
     """What a caption says of a scene, None for each thing it leaves open; None if it is not well-formed.
 
-    Order: size, colour, shape, relation, size, colour, shape, background. A scene is a caption that leaves nothing open.
+    Order: size, colour, shape, relation, size, colour, shape, background. A scene is the caption that tells all.
     """
     match = _GRAMMAR.fullmatch(caption)
     return match and match.groups()
@@ -172,15 +175,12 @@ def parse(caption: str) -> tuple[str | None, ...] | None:
 def is_true(caption: str, scene: str) -> bool:
     """Whether the caption is well-formed and nothing it says is false of the scene. "and" says nothing of the order."""
     said, seen = parse(caption), parse(scene)
-    if said is None or said[7] not in (None, seen[7]):
+    if said is None:
         return False
-
-    def match(nouns: Sequence[str | None]) -> bool:
-        return all(word in (None, truth) for word, truth in zip(nouns, seen[0:3] + seen[4:7]))
-
-    if said[3] in RELATIONS:
-        return said[3] == seen[3] and match(said[0:3] + said[4:7])
-    return match(said[0:3] + said[4:7]) or match(said[4:7] + said[0:3])
+    first, relation, second, background = said[0:3], said[3], said[4:7], said[7]
+    either_way = [(*first, None, *second, background), (*second, None, *first, background)]
+    readings = [said] if relation in RELATIONS else either_way
+    return any(all(word in (None, truth) for word, truth in zip(reading, seen)) for reading in readings)
 
 
 def describe(scene: str, keep: float, rng: random.Random) -> str:
@@ -188,62 +188,52 @@ def describe(scene: str, keep: float, rng: random.Random) -> str:
     size1, colour1, shape1, relation, size2, colour2, shape2, background = (
         word if index in (2, 6) or rng.random() < keep else None for index, word in enumerate(parse(scene))
     )
-    first, second = (" ".join(filter(None, ("a", *noun))) for noun in ((size1, colour1, shape1), (size2, colour2, shape2)))
+    nouns = [" ".join(filter(None, noun)) for noun in (("a", size1, colour1, shape1), ("a", size2, colour2, shape2))]
     if relation is None and rng.random() < 0.5:
-        first, second = second, first
-    return f"{first} {relation or 'and'} {second}" + (f" on a {background} background" if background else "")
+        nouns.reverse()
+    return f" {relation or 'and'} ".join(nouns) + (f" on a {background} background" if background else "")
 
 
 def write_references(scene: str, rng: random.Random, count: int = 5, generic: float = 0.7) -> tuple[str, ...]:
     """What people might write: most often something generic, now and then the whole scene."""
     _, colour1, shape1, _, _, colour2, shape2, background = parse(scene)
-    choices = (
-        f"a {colour1} {shape1} and a {colour2} {shape2}",
-        f"a {colour1} {shape1} and a {colour2} {shape2}",
-        f"a {shape1} and a {shape2}",
-        f"two shapes on a {background} background",
-    )
+    coloured = f"a {colour1} {shape1} and a {colour2} {shape2}"
+    choices = (coloured, coloured, f"a {shape1} and a {shape2}", f"two shapes on a {background} background")
     return tuple(rng.choice(choices) if rng.random() < generic else scene for _ in range(count))
 
 
 def draw(scene: str, rng: random.Random, pixels: int = 32) -> Image.Image:
-    """The scene as a picture; each shape's place varies by a few pixels. Drawn four times too large, then shrunk."""
+    """The scene as a picture; each shape's place varies by a pixel. Drawn four times too large, then shrunk."""
     size1, colour1, shape1, relation, size2, colour2, shape2, background = parse(scene)
     picture = Image.new("RGB", (4 * pixels, 4 * pixels), BACKGROUNDS[background])
     canvas = ImageDraw.Draw(picture)
     for along, size, colour, shape in ((8, size1, colour1, shape1), (24, size2, colour2, shape2)):
-        x, y = along + rng.uniform(-0.5, 0.5), 16 + rng.uniform(-1, 1)
+        x, y = 4 * (along + rng.uniform(-0.5, 0.5)), 4 * (16 + rng.uniform(-1, 1))
         x, y = (x, y) if relation == "to the left of" else (y, x)
-        r = SIZES[size]
-        box = [4 * (x - r), 4 * (y - r), 4 * (x + r), 4 * (y + r)]
-        if shape in OUTLINES:
-            canvas.polygon([(4 * (x + r * dx), 4 * (y + r * dy)) for dx, dy in OUTLINES[shape]], fill=COLOURS[colour])
-        elif shape == "circle":
-            canvas.ellipse(box, fill=COLOURS[colour])
-        else:
-            canvas.ellipse(box, outline=COLOURS[colour], width=round(1.8 * r))
+        r, ink = 4 * SIZES[size], COLOURS[colour]
+        if shape in CORNERS:
+            canvas.polygon([(x + r * dx, y + r * dy) for dx, dy in CORNERS[shape]], fill=ink)
+        else:  # a ring is a circle without its inside
+            canvas.ellipse((x - r, y - r, x + r, y + r), outline=ink, width=round(r if shape == "circle" else 0.45 * r))
     return picture.resize((pixels, pixels), Image.Resampling.BOX)
 
 
-def toy_world(seed: int, **sizes: int) -> dict[str, list[Example]]:
-    """Splits of the toy world, for instance `toy_world(0, train=8000, test=1000)["test"]`; no scene occurs twice."""
+def toy_world(seed: int, train_size: int, test_size: int) -> tuple[list[Example], list[Example]]:
+    """Training and test examples of the toy world. No scene occurs twice."""
     rng = random.Random(seed)
     nouns = [f"a {size} {colour} {shape}" for size in SIZES for colour in COLOURS for shape in SHAPES]
     scenes = [
         f"{first} {relation} {second} on a {background} background"
         for first in nouns for second in nouns for relation in RELATIONS for background in BACKGROUNDS
     ]  # fmt: skip
-    chosen = iter(rng.sample(scenes, sum(sizes.values())))
-    return {
-        split: [
-            Example(f"{split}-{number:05d}", draw(scene, rng), write_references(scene, rng), scene)
-            for number, scene in zip(range(size), chosen)
-        ]
-        for split, size in sizes.items()
-    }
+    examples = [
+        Example(f"{number:05d}", draw(scene, rng), write_references(scene, rng), scene)
+        for number, scene in enumerate(rng.sample(scenes, train_size + test_size))
+    ]
+    return examples[:train_size], examples[train_size:]
 
 
-SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .avif .heic".split())
+SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def load_image(image: Path | Image.Image) -> Image.Image:
@@ -271,46 +261,52 @@ def find_images(paths: Iterable[str]) -> list[Path]:
             raise UserError(f"{path}: no such file or folder")
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not inside:
-            raise UserError(f"{path}: no pictures in this folder (looked for {' '.join(sorted(SUFFIXES))})")
+            raise UserError(f"{path}: no pictures in this folder (looked for {' '.join(SUFFIXES)})")
         found.update(dict.fromkeys(inside))
     return list(found)
 
 
 def read_examples(folder: str) -> list[Example]:
     """Read a folder with metadata.jsonl: a line per picture with `file_name` and `caption`, a string or a list."""
-    table = Path(folder) / "metadata.jsonl"
-    examples = []
+    table, examples = Path(folder) / "metadata.jsonl", []
     try:
         lines = table.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{table}: {error}; DATA is `toy` or a folder with a metadata.jsonl") from None
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            references = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
-            example = Example(row["file_name"], table.parent / row["file_name"], tuple(references), row.get("scene"))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{table}:{number}: not JSON with file_name and caption ({error!r})") from None
-        if not example.image.is_file():
-            raise UserError(f"{table}:{number}: no such picture: {example.image}")
-        if not all(isinstance(each, str) and each.strip() for each in references) or not references:
-            raise UserError(f"{table}:{number}: caption must be a text or a list of texts, none empty")
-        examples.append(example)
+        if line.strip():
+            try:
+                row = json.loads(line)
+                name, references = row["file_name"], row["caption"]
+                references = (references,) if isinstance(references, str) else tuple(references)
+                if not references or not all(isinstance(each, str) and each.strip() for each in references):
+                    raise ValueError("caption must be a text or a list of texts, none empty")
+                examples.append(Example(name, table.parent / name, references, row.get("scene")))
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{table}:{number}: not JSON with file_name and caption ({error!r})") from None
+            if not examples[-1].image.is_file():
+                raise UserError(f"{table}:{number}: no such picture: {examples[-1].image}")
     if not examples:
         raise UserError(f"{table}: no examples in it")
     return examples
 
 
-def write_examples(folder: Path, examples: Sequence[Example]) -> None:
-    """Save examples as PNG files and a metadata.jsonl, the form that `read_examples` reads."""
+def split(config: TrainConfig) -> tuple[list[Example], list[Example]]:
+    """Training and test examples from a data set of the user's, shuffled by the seed."""
+    examples = random.Random(config.seed).sample(everything := read_examples(config.data), len(everything))
+    test_size = min(config.test_size, len(examples) // 5)
+    return examples[test_size:][: config.train_size], examples[:test_size]
+
+
+def write_examples(folder: Path, examples: Sequence[Example]) -> list[Example]:
+    """Save examples as PNG files and a metadata.jsonl; return them as `read_examples` reads them from there."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for example in examples:
         load_image(example.image).save(folder / f"{example.image_id}.png")
         rows.append({"file_name": f"{example.image_id}.png", "caption": example.references, "scene": example.scene})
     write_text(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return read_examples(str(folder))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -363,23 +359,19 @@ class Captioner(nn.Module):
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB pictures, resized and normalised as the checkpoint wants them: (B, 3, H, W)."""
         return self.processor.image_processor(list(images), return_tensors="pt").pixel_values
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Image features (B, N, H), computed once and used by everything below."""
-        return self.model.vision_model(pixels.to(self.device)).last_hidden_state
+        return self.model.vision_model(pixels.to(self.model.device)).last_hidden_state
 
     def tokenize(self, captions: Sequence[str], max_length: int) -> Tensor:
         """Captions as tokens (B, T), T <= max_length + 1. Longer ones are cut, and then have no end token."""
-        batch = self.tokenizer(list(captions), add_special_tokens=False, truncation=True, max_length=max_length).input_ids
-        rows = [torch.tensor([self.start, *words, self.end][: max_length + 1]) for words in batch]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.device)
+        words = self.tokenizer(list(captions), add_special_tokens=False).input_ids
+        rows = [torch.tensor([self.start, *row, self.end][: max_length + 1]) for row in words]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.model.device)
 
     def mask(self, tokens: Tensor) -> Tensor:
         """1.0 for the tokens after the start up to and with the first end, 0.0 for padding: (B, T - 1)."""
@@ -388,14 +380,14 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def generate(self, features: Tensor, max_length: int, sample: bool = False, beams: int = 1) -> Tensor:
-        """Write a caption per image: tokens (B, T). `sample` draws from p(c|i) itself: no top-k, no top-p, temperature 1.
+        """Write a caption per image: tokens (B, T). `sample` draws from p(c|i) itself: no top-k, no top-p.
 
-        Every decoding option is passed: what a checkpoint's own generation config says would bias the samples.
+        Every option is passed, lest the checkpoint's own generation settings bias the samples.
         """
         return self.model.text_decoder.generate(
-            input_ids=torch.full((len(features), 1), self.start, device=self.device),
+            input_ids=torch.full((len(features), 1), self.start, device=self.model.device),
             encoder_hidden_states=features,
-            encoder_attention_mask=torch.ones(features.shape[:2], device=self.device),
+            encoder_attention_mask=torch.ones(features.shape[:2], device=self.model.device),
             do_sample=sample, **(dict(top_k=0, top_p=1.0, temperature=1.0) if sample else {}), num_beams=beams,
             repetition_penalty=1.0, max_new_tokens=max_length, eos_token_id=self.end, pad_token_id=self.pad,
         )  # fmt: skip
@@ -405,7 +397,7 @@ class Captioner(nn.Module):
         logits = self.model.text_decoder(
             input_ids=tokens[:, :-1],
             encoder_hidden_states=features,
-            encoder_attention_mask=torch.ones(features.shape[:2], device=self.device),
+            encoder_attention_mask=torch.ones(features.shape[:2], device=self.model.device),
         ).logits  # (B, T - 1, V)
         return logits.log_softmax(dim=-1).gather(2, tokens[:, 1:, None]).squeeze(2)
 
@@ -415,10 +407,7 @@ class Captioner(nn.Module):
 
 
 def local_folder(name: str, inside: str, wanted: str) -> Path:
-    """The folder of a checkpoint: `name` itself, `name`/`inside` (a run folder), or the Hub's, from its cache if it is there.
-
-    Raises UserError, in seconds, where there is none.
-    """
+    """The folder of a checkpoint: `name`, `name`/`inside` (of a run), or the Hub's, cached or downloaded now."""
     for folder in (Path(name) / inside, Path(name)):
         if (folder / wanted).is_file():
             return folder
@@ -435,8 +424,8 @@ def local_folder(name: str, inside: str, wanted: str) -> Path:
             return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{name}: neither a local folder nor to be had from the Hugging Face Hub ({reason}); give a folder, "
-                        "for instance --captioner runs/toy after `distcap train`") from None  # fmt: skip
+        raise UserError(f"{name}: not a folder, nor to be had from the Hugging Face Hub ({reason}); give a folder, "
+                        "for instance the runs/toy that `distcap train` makes") from None  # fmt: skip
 
 
 def toy_tokenizer():
@@ -447,10 +436,11 @@ def toy_tokenizer():
     return BertTokenizer(vocab={word: number for number, word in enumerate(words)}, bos_token="[DEC]")
 
 
-def toy_captioner() -> Captioner:
-    """A BLIP of 0.6 M parameters with random weights, for 32-pixel pictures and the toy world's words."""
+def toy_captioner(seed: int) -> Captioner:
+    """A BLIP of 0.5 M parameters with random weights, for 32-pixel pictures and the toy world's words."""
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
+    torch.manual_seed(seed)
     tokenizer = toy_tokenizer()
     # 0.1 is about 1 / sqrt(width). BLIP's own default for the vision tower, 1e-10, supposes that weights are loaded
     size = dict(hidden_size=96, intermediate_size=384, num_attention_heads=3, initializer_range=0.1)
@@ -473,7 +463,8 @@ class CLIP:
     """A frozen open_clip model: `embed_images` and `embed_captions` give unit rows (B, D) without gradient."""
 
     def __init__(self, model: nn.Module, preprocess, tokenizer, device: str | torch.device = "cpu") -> None:
-        self.model, self.preprocess, self.tokenizer, self.device = model.eval().to(device), preprocess, tokenizer, device
+        self.model, self.device = model.eval().to(device), device
+        self.preprocess, self.tokenizer = preprocess, tokenizer
         self.logit_scale = model.logit_scale.exp().item()  # s, after exp
 
     @classmethod
@@ -481,21 +472,19 @@ class CLIP:
         """Load an open_clip NAME/TAG, hf-hub:NAME, a folder with open_clip_config.json, or the CLIP of a run folder."""
         import open_clip
 
-        architecture, tag, quick = name, None, False
-        if not name.startswith("hf-hub:") and "/" in name and not Path(name).exists():
-            architecture, tag = name.rsplit("/", 1)
-            if tag not in open_clip.list_pretrained_tags_by_model(architecture):
-                raise UserError(f"{name}: no such open_clip model, nor a folder; for instance ViT-B-32/openai")
-            # weights trained with QuickGELU give other embeddings without it, and open_clip only warns
-            quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))
-        elif not name.startswith("hf-hub:"):
+        architecture, tag = name, None
+        if Path(name).exists():
             architecture = f"local-dir:{local_folder(name, 'clip', 'open_clip_config.json')}"
+        elif not name.startswith("hf-hub:"):
+            architecture, _, tag = name.rpartition("/")
+        # weights trained with QuickGELU embed wrongly without it, and open_clip only warns
+        quick = bool(tag and open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))
         try:
             model, preprocess = open_clip.create_model_from_pretrained(architecture, tag, force_quick_gelu=quick)
             return cls(model, preprocess, open_clip.get_tokenizer(architecture), device)
         except (RuntimeError, OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise UserError(f"{name}: this CLIP cannot be loaded ({reason}); --clip takes NAME/TAG or a folder") from None
+            raise UserError(f"{name}: cannot load this CLIP ({reason}); give --clip NAME/TAG or a folder") from None
 
     @torch.no_grad()
     def embed_images(self, images: Iterable[Image.Image], batch_size: int = 64) -> Tensor:
@@ -517,42 +506,6 @@ class CLIP:
         return torch.cat(rows)[[number[caption] for caption in captions]]
 
 
-def toy_clip(folder: Path, examples: Sequence[Example], seed: int, steps: int, width: int = 96, batch_size: int = 128) -> CLIP:
-    """Pretrain a CLIP of 0.5 M parameters on the pictures and their alt texts; save it to `folder`; return it loaded.
-
-    The loss is CLIP's own: the cross-entropy of picking each picture's text among the batch's, and the reverse.
-    """
-    import open_clip
-    from safetensors.torch import save_model
-
-    tower = dict(width=width, layers=2)
-    text = dict(tower, heads=3, context_length=20, vocab_size=len(toy_tokenizer()), hf_tokenizer_name="toy")
-    config = dict(embed_dim=width, vision_cfg=dict(tower, head_width=32, image_size=32, patch_size=8), text_cfg=text)
-    folder.mkdir(parents=True, exist_ok=True)
-    toy_tokenizer().save_pretrained(folder)
-    write_text(folder / "open_clip_config.json", json.dumps({"model_cfg": config, "preprocess_cfg": {}}, indent=2))
-
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    local = f"local-dir:{folder}"
-    tokenizer, model = open_clip.get_tokenizer(local), open_clip.CLIP(**config)
-    preprocess = open_clip.image_transform(32, is_train=False)
-    pixels = torch.stack([preprocess(example.image) for example in examples])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    learning_rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(steps, 2))
-    for batch in tqdm(schedule(examples, batch_size, steps, seed), "CLIP", steps, disable=None):
-        texts = tokenizer([describe(examples[index].scene, 0.75, rng) for index, _ in batch])
-        images, captions, scale = model(pixels[[index for index, _ in batch]], texts)
-        logits, diagonal = scale * images @ captions.T, torch.arange(len(batch))
-        loss = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        learning_rate.step()
-    save_model(model, str(folder / "open_clip_model.safetensors"))
-    return CLIP.load(str(folder))
-
-
 # ---- 5  Rewards: pure functions of unit embeddings; nothing here has a gradient to give ------------------------------
 
 
@@ -568,7 +521,7 @@ def contrastive_reward(
     logit_scale: float,
     direction: str = "both",
 ) -> Tensor:
-    """Bidirectional contrastive reward (Eq. 6) of every caption of the pool: (C, D), (I, D), (C,) -> (C,), a cosine's units.
+    """Bidirectional contrastive reward (Eq. 6) of each caption of the pool: (C, D), (I, D), (C,) -> (C,), as a cosine.
 
     Image-to-text: is this caption the one to pick for its image, among all captions of the pool?
         a(c, i) = s e_c.e_i - log sum_{c' != c} exp(s e_c'.e_i)
@@ -576,7 +529,7 @@ def contrastive_reward(
         b(c, i) = s e_c.e_i - log sum_{i' != i} exp(s e_c.e_i')
     The reward is (a + b) / 2s; with one direction, a / s or b / s. The log-sum-exp is a soft maximum: the strongest
     competitor is the baseline. Only the scored pair is left out of it, so that the ground truth and the greedy caption
-    of the same image compete with the sample. Alone in its pool, a caption has no competitor, and that half is s e_c.e_i.
+    of the same image compete with the sample. Where there is no competitor at all, its log-sum-exp counts as zero.
 
     `image_index[c]` is the row of caption c's own image. Masking before the log-sum-exp is exact at any scale, where
     exp() and a subtraction, as in the authors' script, overflow.
@@ -601,9 +554,9 @@ def mixed_reward(similarity: Tensor, regularizer: Tensor, similarity_weight: flo
     return similarity_weight * similarity + (1 - similarity_weight) * regularizer
 
 
-def centred_advantages(rewards: Tensor, baseline_rewards: Tensor) -> Tensor:
-    """Rewards less the mean of `baseline_rewards`: (C,), (B,) -> (C,)."""
-    return rewards - baseline_rewards.mean()
+def centred_advantages(rewards: Tensor) -> Tensor:
+    """A = r - the batch's mean reward: (B,) -> (B,). For Eq. 6, whose own baseline is inside the reward."""
+    return rewards - rewards.mean()
 
 
 def self_critical_advantages(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
@@ -665,17 +618,11 @@ def ground_truth_loss(log_probs: Tensor, mask: Tensor, advantages: Tensor) -> Te
 # ---- 8  Training -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Batch:
-    """What a step needs of B examples: their numbers, one ground-truth caption each, and pixels (B, 3, H, W)."""
-
-    indices: list[int]
-    ground_truth: list[str]
-    pixels: Tensor
+Batch = tuple[list[int], list[str], Tensor]  # B examples' indices, a ground-truth caption each, pixels (B, 3, H, W)
 
 
 class Batches(torch.utils.data.Dataset):
-    """Examples, indexed by a batch of the schedule: a DataLoader reads whole batches, in worker processes if it likes."""
+    """Examples, indexed by a batch of the schedule: a DataLoader reads whole batches, in other processes if asked."""
 
     def __init__(self, examples: Sequence[Example], captioner: Captioner) -> None:
         self.examples, self.pixels = examples, captioner.pixels
@@ -683,8 +630,7 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, batch: Sequence[tuple[int, int]]) -> Batch:
         chosen = [self.examples[index] for index, _ in batch]
         ground_truth = [example.references[reference] for example, (_, reference) in zip(chosen, batch)]
-        pixels = self.pixels([load_image(example.image) for example in chosen])
-        return Batch([index for index, _ in batch], ground_truth, pixels)
+        return [index for index, _ in batch], ground_truth, self.pixels([load_image(each.image) for each in chosen])
 
 
 @dataclass
@@ -700,32 +646,31 @@ class Learner:
 
 def teacher_forcing_step(learner: Learner, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, float]]:
     """The loss of Eq. 1 on a batch, and what to log."""
-    captioner = learner.captioner
-    tokens = captioner.tokenize(batch.ground_truth, config.max_length)
-    loss = teacher_forcing_loss(captioner.log_probs(captioner.encode(batch.pixels), tokens), captioner.mask(tokens))
+    captioner, (_, ground_truth, pixels) = learner.captioner, batch
+    tokens = captioner.tokenize(ground_truth, config.max_length)
+    loss = teacher_forcing_loss(captioner.log_probs(captioner.encode(pixels), tokens), captioner.mask(tokens))
     return loss, {}
 
 
 def reinforce_step(learner: Learner, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, float]]:
     """The loss of Eq. 2-6 on a batch, and what to log. Also takes the discriminator's step."""
-    captioner = learner.captioner
-    features = captioner.encode(batch.pixels)  # (B, N, H): once, for all that follows
+    captioner, (indices, ground_truth, pixels) = learner.captioner, batch
+    features = captioner.encode(pixels)  # (B, N, H): once, for all that follows
     sampled = captioner.generate(features.detach(), config.max_length, sample=True)
     greedy = captioner.generate(features.detach(), config.max_length)
-    pool = captioner.decode(sampled) + batch.ground_truth + captioner.decode(greedy)  # C = 3B captions
+    pool = captioner.decode(sampled) + ground_truth + captioner.decode(greedy)  # C = 3B captions
 
     caption_embeddings = learner.clip.embed_captions(pool)
-    image_embeddings = learner.image_embeddings[batch.indices]
-    rewards, accuracy = reward(learner, caption_embeddings, image_embeddings, config)
+    image_embeddings = learner.image_embeddings[indices]
+    rewards, accuracy = pool_rewards(learner, caption_embeddings, image_embeddings, config)
     sampled_rewards, ground_truth_rewards, greedy_rewards = rewards.chunk(3)
     if config.baseline == "greedy":
         advantages = self_critical_advantages(sampled_rewards, greedy_rewards)
         ground_truth_advantages = self_critical_advantages(ground_truth_rewards, greedy_rewards)
-    else:
-        advantages = centred_advantages(sampled_rewards, sampled_rewards)
-        ground_truth_advantages = ground_truth_rewards
+    else:  # Eq. 6 has its baseline inside: the ground truth's reward is how far it beats the strongest competitors
+        advantages, ground_truth_advantages = centred_advantages(sampled_rewards), ground_truth_rewards
 
-    rows = [*sampled, *captioner.tokenize(batch.ground_truth, config.max_length)]
+    rows = [*sampled, *captioner.tokenize(ground_truth, config.max_length)]
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=captioner.pad)  # (2B, T)
     log_probs = captioner.log_probs(features.repeat(2, 1, 1), tokens)
     sampled_log_probs, ground_truth_log_probs = log_probs.chunk(2)
@@ -740,19 +685,17 @@ def reinforce_step(learner: Learner, batch: Batch, config: TrainConfig) -> tuple
     }
 
 
-def reward(
-    learner: Learner, caption_embeddings: Tensor, image_embeddings: Tensor, config: TrainConfig
-) -> tuple[Tensor, float]:
-    """Rewards (C,) of the pool (sampled, ground truth, greedy), Eq. 3, and the discriminator's accuracy; trains it (Eq. 4)."""
-    image_index = torch.arange(len(image_embeddings), device=image_embeddings.device).repeat(3)  # (C,)
-    images = image_embeddings[image_index]  # (C, D)
+def pool_rewards(learner: Learner, captions: Tensor, images: Tensor, config: TrainConfig) -> tuple[Tensor, float]:
+    """Rewards of the pool (Eq. 3), and the discriminator's accuracy: (3B, D), (B, D) -> (3B,), a share. Trains Eq. 4.
+
+    The pool is sampled, ground truth, greedy. The discriminator gives its scores before it takes its step.
+    """
+    own = torch.arange(len(images), device=images.device).repeat(3)  # (C,): the row of each caption's image
     if config.baseline == "contrastive":
-        similarity = contrastive_reward(
-            caption_embeddings, image_embeddings, image_index, learner.clip.logit_scale, config.direction
-        )
+        similarity = contrastive_reward(captions, images, own, learner.clip.logit_scale, config.direction)
     else:
-        similarity = similarity_reward(caption_embeddings, images)
-    logits = learner.discriminator(images, caption_embeddings)  # (C,), before its step
+        similarity = similarity_reward(captions, images[own])
+    logits = learner.discriminator(images[own], captions)  # (C,), before its step
     sampled, ground_truth, _ = logits.chunk(3)
     loss = discriminator_loss(sampled, ground_truth)
     learner.discriminator_optimizer.zero_grad()
@@ -762,42 +705,74 @@ def reward(
     return mixed_reward(similarity, logits.detach().sigmoid(), config.similarity_weight), accuracy
 
 
-def fit(learner: Learner, examples: Sequence[Example], stage: str, config: TrainConfig, log) -> None:
-    """Run one stage, `tf` or `rl`: schedule -> batch -> step -> clipped AdamW update with warm-up and linear decay."""
-    step, steps, peak = {
-        "tf": (teacher_forcing_step, config.tf_steps, config.tf_learning_rate),
-        "rl": (reinforce_step, config.steps, config.learning_rate),
-    }[stage]
-    if not steps:
+def fit(stage: str, model: nn.Module, step: Callable, batches, learning_rate: float, config: TrainConfig, log) -> None:
+    """The loop of every stage: batch -> `step(batch)`, a loss and what to log -> gradient -> AdamW, one cycle."""
+    if not len(batches):
         return
-    captioner = learner.captioner.train(stage == "tf")  # in RL no dropout: score the policy that was sampled
-    optimizer = torch.optim.AdamW(captioner.parameters(), lr=peak)
-    warmup = max(steps // 20, 1)
-    decay = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: min((done + 1) / warmup, (steps - done) / max(steps - warmup, 1))
-    )
-    order = list(schedule(examples, config.batch_size, steps, config.seed))
-    batches = torch.utils.data.DataLoader(Batches(examples, captioner), sampler=order, batch_size=None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(len(batches), 2))
     bar = tqdm(batches, stage, disable=None)
     for number, batch in enumerate(bar):
         torch.manual_seed(config.seed * 1_000_003 + number)  # a step's randomness depends on nothing before it
-        loss, record = step(learner, batch, config)
+        loss, record = step(batch)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(captioner.parameters(), config.max_gradient_norm)
+        nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
         optimizer.step()
-        decay.step()
-        record = {"stage": stage, "step": number, "loss": loss.item(), **record}
-        log.write(json.dumps(record) + "\n")
-        bar.set_postfix({name: f"{record[name]:.3f}" for name in ("loss", "reward") if name in record})
-    captioner.eval()
+        cycle.step()
+        log.write(json.dumps({"stage": stage, "step": number, "loss": loss.item(), **record}) + "\n")
+        bar.set_postfix({name: f"{record[name]:.3f}" for name in ("reward",) if name in record})
+
+
+def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, log, width: int = 96) -> CLIP:
+    """Train an open_clip model of 0.5 M parameters on pictures and their alt texts, save it to `folder`, and load it.
+
+    The loss is CLIP's own: among the batch, pick each picture's text and each text's picture.
+    """
+    import open_clip
+    from safetensors.torch import save_model
+
+    tower = dict(width=width, layers=2)
+    text = dict(tower, heads=3, context_length=20, vocab_size=len(toy_tokenizer()), hf_tokenizer_name="toy")
+    shape = dict(embed_dim=width, vision_cfg=dict(tower, head_width=32, image_size=32, patch_size=8), text_cfg=text)
+    folder.mkdir(parents=True, exist_ok=True)
+    toy_tokenizer().save_pretrained(folder)
+    write_text(folder / "open_clip_config.json", json.dumps({"model_cfg": shape, "preprocess_cfg": {}}, indent=2))
+
+    torch.manual_seed(config.seed)
+    tokenizer, model = open_clip.get_tokenizer(f"local-dir:{folder}"), open_clip.CLIP(**shape).to(config.device)
+    contrastive_loss, preprocess = open_clip.ClipLoss(), open_clip.image_transform(32, is_train=False)
+    pixels = torch.stack([preprocess(example.image) for example in examples]).to(config.device)
+    rng = random.Random(config.seed)
+
+    def step(batch: Sequence[tuple[int, int]]) -> tuple[Tensor, dict[str, float]]:
+        texts = [describe(examples[index].scene, 0.75, rng) for index, _ in batch]
+        return contrastive_loss(*model(pixels[[index for index, _ in batch]], tokenizer(texts).to(pixels.device))), {}
+
+    batches = list(schedule(examples, min(128, len(examples)), config.clip_steps, config.seed))
+    fit("clip", model, step, batches, 2e-3, config, log)
+    save_model(model, str(folder / "open_clip_model.safetensors"))
+    return CLIP.load(str(folder), config.device)
+
+
+def fit_captioner(learner: Learner, examples: Sequence[Example], objective: str, config: TrainConfig, log) -> None:
+    """Run one stage of the captioner: `tf`, by Eq. 1, or `rl`, by Eq. 2-6."""
+    step, steps, learning_rate = {
+        "tf": (teacher_forcing_step, config.tf_steps, config.tf_learning_rate),
+        "rl": (reinforce_step, config.steps, config.learning_rate),
+    }[objective]
+    order = list(schedule(examples, config.batch_size, steps, config.seed))
+    batches = torch.utils.data.DataLoader(Batches(examples, learner.captioner), sampler=order, batch_size=None)
+    learner.captioner.train(objective == "tf")  # in RL no dropout: score the policy that was sampled
+    fit(objective, learner.captioner, lambda batch: step(learner, batch, config), batches, learning_rate, config, log)
+    learner.captioner.eval()
 
 
 # ---- 9  Evaluation ---------------------------------------------------------------------------------------------------
 
 
 def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
-    """Rank, from 1, of target n for query n: (N, D), (N, D) -> (N,). A tie counts as a loss, so saying one thing scores nothing."""
+    """Rank, from 1, of target n for query n: (N, D), (N, D) -> (N,). Ties are lost: to say one thing scores nothing."""
     ranks = []
     for start in range(0, len(queries), chunk):
         similarity = queries[start : start + chunk] @ targets.T  # (chunk, N)
@@ -819,25 +794,20 @@ def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor) -> dict[str,
     return measures
 
 
-def split_words(caption: str) -> str:
-    """A caption as its lower-case words, one space between, punctuation dropped: what the n-gram metrics compare."""
-    return " ".join(re.findall(r"\w+(?:['-]\w+)*", caption.lower()))
-
-
 def ngram_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """BLEU-4, ROUGE-L and CIDEr by pycocoevalcap."""
+    """BLEU-4, ROUGE-L and CIDEr by pycocoevalcap, on lower-case words without punctuation."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    written = {number: [split_words(caption)] for number, caption in enumerate(captions)}
-    human = {number: [split_words(each) for each in some] for number, some in enumerate(references)}
-    bleu = Bleu(4).compute_score(human, written, verbose=0)[0]
-    return {
-        "bleu_4": bleu[3],
-        "rouge_l": float(Rouge().compute_score(human, written)[0]),
-        "cider": float(Cider().compute_score(human, written)[0]),
-    }
+    def words(texts: Sequence[str]) -> list[str]:
+        return [" ".join(re.findall(r"\w+(?:['-]\w+)*", text.lower())) for text in texts]
+
+    written = {number: words([caption]) for number, caption in enumerate(captions)}
+    human = {number: words(each) for number, each in enumerate(references)}
+    bleu, rouge, cider = (scorer.compute_score(human, written, **quiet)[0]
+                          for scorer, quiet in ((Bleu(4), {"verbose": 0}), (Rouge(), {}), (Cider(), {})))  # fmt: skip
+    return {"bleu_4": float(bleu[3]), "rouge_l": float(rouge), "cider": float(cider)}
 
 
 def toy_measures(captions: Sequence[str], scenes: Sequence[str]) -> dict[str, float]:
@@ -851,12 +821,15 @@ def toy_measures(captions: Sequence[str], scenes: Sequence[str]) -> dict[str, fl
     return {
         "well_formed": statistics.fmean(parse(caption) is not None for caption in captions),
         "faithful": statistics.fmean(faithful),
-        "oracle_R@1": statistics.fmean(true / matches[caption] if true else 0.0 for true, caption in zip(faithful, captions)),
+        "oracle_R@1": statistics.fmean(true / max(matches[caption], 1) for true, caption in zip(faithful, captions)),
     }
 
 
-def evaluate(captions: Sequence[str], examples: Sequence[Example], clip: CLIP) -> dict[str, float]:
-    """All the measures of captions[n] for examples[n]."""
+def evaluate(captions: Sequence[str | Exception], examples: Sequence[Example], clip: CLIP) -> dict[str, float]:
+    """All the measures of captions[n] for examples[n]. Raises UserError for a picture that could not be read."""
+    for example, caption in zip(examples, captions):
+        if isinstance(caption, Exception):
+            raise UserError(f"{example.image}: cannot be read ({caption}); mend or remove it")
     image_embeddings = clip.embed_images(load_image(example.image) for example in examples)
     measures = retrieval(clip.embed_captions(captions), image_embeddings)
     measures |= ngram_metrics(captions, [example.references for example in examples])
@@ -879,7 +852,7 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 # ---- 10  Command line ------------------------------------------------------------------------------------------------
 
 
-def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], config: Decoding) -> Iterator[str | Exception]:
+def write_captions(captioner: Captioner, images: Sequence[Path], config: Decoding) -> Iterator[str | Exception]:
     """For each picture, in order, its caption, or the error that its file gave."""
     for start in tqdm(range(0, len(images), config.batch_size), "caption", disable=None):
         loaded: list[Image.Image | Exception] = []
@@ -896,92 +869,67 @@ def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], c
         yield from (image if isinstance(image, Exception) else next(captions) for image in loaded)
 
 
-def caption_and_evaluate(captioner: Captioner, clip: CLIP, examples: Sequence[Example], config: Decoding):
-    """Captions of the examples and their measures. Raises UserError for a picture that cannot be read."""
-    captions = list(write_captions(captioner, [example.image for example in examples], config))
-    for example, caption in zip(examples, captions):
-        if isinstance(caption, Exception):
-            raise UserError(f"{example.image}: cannot be read ({caption})")
-    return captions, evaluate(captions, examples, clip)
-
-
-def load_models(config: Decoding, device: str, captioner_only: bool = False) -> tuple[Captioner, CLIP | None]:
-    """The captioner and CLIP that the flags name. A run folder given as the captioner also brings its CLIP."""
-    captioner = config.captioner or "Salesforce/blip-image-captioning-base"
-    clip = config.clip or (captioner if (Path(captioner) / "clip").is_dir() else "ViT-B-32/openai")
-    return Captioner.load(captioner).eval().to(device), None if captioner_only else CLIP.load(clip, device)
-
-
-def pick_device(name: str) -> str:
-    """`auto` is the first of cuda, mps and cpu that is there."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def load_models(config: Decoding, with_clip: bool = True) -> tuple[Captioner, CLIP | None]:
+    """The captioner and the CLIP that the flags name. A captioner's run folder also brings its CLIP."""
+    name = config.captioner or "Salesforce/blip-image-captioning-base"
+    clip = config.clip or (name if (Path(name) / "clip").is_dir() else "ViT-B-32/openai")
+    captioner = Captioner.load(name).eval().to(config.device)
+    return captioner, CLIP.load(clip, config.device) if with_clip else None
 
 
 def train(config: TrainConfig) -> int:
     """`distcap train`: see TrainConfig."""
-    out, device = Path(config.out or f"runs/{Path(config.data).name}"), pick_device(config.device)
+    out = Path(config.out or f"runs/{Path(config.data).name}")
     if out.exists() and not config.overwrite:
-        raise UserError(f"{out}: is there already; give another folder with --out, or --overwrite to replace this run")
-    if config.data == "toy":
-        world = toy_world(config.seed, train=config.train_size, test=config.test_size)
-        training = world["train"]
-        write_examples(out / "test", world["test"])
-        test = read_examples(str(out / "test"))  # from disk, so that `eval` sees the same
-    else:
-        everything = read_examples(config.data)
-        random.Random(config.seed).shuffle(everything)
-        test, training = everything[: config.test_size], everything[config.test_size :][: config.train_size]
+        raise UserError(f"{out}: is there already; give another folder with --out, or --overwrite")
+    toy = config.data == "toy"
+    training, test = toy_world(config.seed, config.train_size, config.test_size) if toy else split(config)
     if len(training) < config.batch_size:
-        raise UserError(f"--batch-size {config.batch_size}: more than the {len(training)} training examples; give less")
-    torch.manual_seed(config.seed)
-    if config.data == "toy" and config.captioner is None:
-        captioner, clip = toy_captioner(), toy_clip(out / "clip", training, config.seed, config.clip_steps)
-    else:
-        captioner, clip = load_models(config, device)
+        raise UserError(f"--batch-size {config.batch_size}: only {len(training)} training examples; give less")
+    out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
-
-    embeddings = clip.embed_images(load_image(example.image) for example in training)
-    discriminator = Discriminator(embeddings.shape[1]).to(device)
-    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=config.discriminator_learning_rate)
-    learner = Learner(captioner.to(device), clip, embeddings, discriminator, optimizer)
+    if toy:
+        test = write_examples(out / "test", test)
     with open(out / "log.jsonl", "w", encoding="utf-8") as log:
+        if toy and not config.captioner:
+            clip = toy_clip(out / "clip", training, config, log)
+            captioner = toy_captioner(config.seed).to(config.device)
+        else:
+            captioner, clip = load_models(config)
+        embeddings = clip.embed_images(load_image(example.image) for example in training)
+        torch.manual_seed(config.seed)
+        discriminator = Discriminator(embeddings.shape[1]).to(clip.device)
+        optimizer = torch.optim.AdamW(discriminator.parameters(), lr=config.discriminator_learning_rate)
+        learner = Learner(captioner, clip, embeddings, discriminator, optimizer)
         if config.objective == "rl":
-            fit(learner, training, "tf", config, log)
-        before = caption_and_evaluate(captioner, clip, test, config)
-        fit(learner, training, config.objective, config, log)
+            fit_captioner(learner, training, "tf", config, log)
+        images = [example.image for example in test]
+        before = list(write_captions(captioner, images, config))
+        fit_captioner(learner, training, config.objective, config, log)
     captioner.save(out / "captioner")
-    after = caption_and_evaluate(captioner, clip, test, config)
-    report(out, config, test, before, after)
+    after = list(write_captions(captioner, images, config))
+    report(out, config, test, clip, before, after)
     return 0
 
 
-def report(out: Path, config: TrainConfig, test: Sequence[Example], before, after) -> None:
-    """Save results.json, and print the table and a few pictures' captions."""
-    shown = [
-        {"file_name": example.image_id, "before": old, "after": new}
-        for example, old, new in list(zip(test, before[0], after[0]))[:6]
-    ]
-    results = dict(before=before[1], after=after[1], split="test", images=len(test), seed=config.seed,
-                   decoding=dict(beams=config.beams, max_length=config.max_length), versions=versions(), captions=shown)  # fmt: skip
+def report(out: Path, config: TrainConfig, test: Sequence[Example], clip: CLIP, before: list, after: list) -> None:
+    """Measure the captions before and after, save results.json, and print the table and a few pictures' captions."""
+    measured = {"before": evaluate(before, test, clip), "after": evaluate(after, test, clip)}
+    rows = list(zip([example.image_id for example in test], before, after))[:6]
+    about = dict(split="test", images=len(test), seed=config.seed, beams=config.beams, max_length=config.max_length)
+    packages = {name: version(name) for name in ("torch", "transformers", "open_clip_torch", "pycocoevalcap")}
+    shown = [dict(zip(("file_name", "before", "after"), row)) for row in rows]
+    results = measured | about | {"versions": packages, "captions": shown}
     write_text(out / "results.json", json.dumps(results, indent=2))
-    print(table({"before": before[1], "after": after[1]}))
-    for row in shown:
-        print(f"\n{row['file_name']}\n  before  {row['before']}\n  after   {row['after']}")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers", "open_clip_torch", "pycocoevalcap", "pillow")}
+    print(table(measured))
+    for row in rows:
+        print("\n{}\n  before  {}\n  after   {}".format(*row))
 
 
 def caption(config: CaptionConfig) -> int:
     """`distcap caption`: see CaptionConfig."""
     paths = find_images(config.paths)
-    captioner, _ = load_models(config, pick_device(config.device), captioner_only=True)
+    captioner, _ = load_models(config, with_clip=False)
     failures = []
     for path, written in zip(paths, write_captions(captioner, paths, config)):
         if isinstance(written, Exception):
@@ -996,8 +944,8 @@ def caption(config: CaptionConfig) -> int:
 def evaluate_command(config: EvalConfig) -> int:
     """`distcap eval`: see EvalConfig."""
     examples = read_examples(config.data)
-    captioner, clip = load_models(config, pick_device(config.device))
-    _, measures = caption_and_evaluate(captioner, clip, examples, config)
+    captioner, clip = load_models(config)
+    measures = evaluate(list(write_captions(captioner, [each.image for each in examples], config)), examples, clip)
     if config.out:
         write_text(Path(config.out), json.dumps(measures, indent=2))
     print(table({"": measures}))
@@ -1015,32 +963,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: argparse.ArgumentParser, cls) -> None:
-    """A flag for each field of a configuration. What is not given parses as None: `configuration` knows the defaults."""
-    hints = typing.get_type_hints(cls)
+    """A flag for each field of a configuration; one that is not given parses as None, `configuration` has defaults."""
     for each in dataclasses.fields(cls):
-        limits, help = each.metadata, each.metadata["help"]
-        kind = next((kind for kind in (int, float) if kind in (hints[each.name], *typing.get_args(hints[each.name]))), str)
-
-        def convert(text: str, kind=kind, limits=limits):
-            value = kind(text)
-            if not limits.get("minimum", value) <= value <= limits.get("maximum", value):
-                raise argparse.ArgumentTypeError(f"{text}: must be at least {limits['minimum']}"
-                                                 + (f" and at most {limits['maximum']}" if "maximum" in limits else ""))  # fmt: skip
-            return value
-
-        convert.__name__ = kind.__name__  # argparse says "invalid int value"
+        limits, flag = each.metadata, "--" + each.name.replace("_", "-")
+        kind = {"int": int, "float": float}.get(each.type.split(" ")[0], str)
+        toy = f"; on toy {limits['toy']}" if "toy" in limits else ""
+        help = limits["help"] + (f" (default: {each.default}{toy})" if each.default or toy else "")
         if "positional" in limits:
-            parser.add_argument(each.name, metavar=each.name.upper(), nargs=limits["positional"], help=help)
-        elif hints[each.name] is bool:
-            parser.add_argument("--" + each.name.replace("_", "-"), action="store_true", default=None, help=help)
+            parser.add_argument(each.name, metavar=each.name.upper(), nargs=limits["positional"], help=limits["help"])
+        elif each.type == "bool":
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+        elif "choices" in limits:
+            parser.add_argument(flag, choices=limits["choices"], help=help)
         else:
-            default = f"{each.default:,}" if isinstance(each.default, int) else each.default
-            toy = f"; on toy {limits['toy']}" if "toy" in limits else ""
-            parser.add_argument(
-                "--" + each.name.replace("_", "-"), type=convert, choices=limits.get("choices"),
-                help=help + (f" (default: {default}{toy})" if default is not None else ""),
-                metavar=None if "choices" in limits else {int: "N", float: "X", str: "TEXT"}[kind],
-            )  # fmt: skip
+            parser.add_argument(flag, type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind], help=help)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -1051,10 +987,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add_flags(verbs.add_parser(verb, help=cls.__doc__, description=cls.__doc__), cls)
     values = vars(parser.parse_args(arguments))
     cls, run = VERBS[values.pop("verb")]
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip announces what it loads
+    logging.getLogger().setLevel(logging.ERROR)  # the libraries announce what they load
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # file names need not be UTF-8
     try:
-        return run(configuration(cls, values, toy=values.get("data") in (None, "toy")))
+        return run(configuration(cls, values))
     except UserError as error:
         print(f"distcap: {error}", file=sys.stderr)
         return 2
