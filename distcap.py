@@ -53,6 +53,11 @@ class UserError(Exception):
     """A mistake of the user's: the message names the file, flag or value and the remedy. The command exits with 2."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, cut to a line, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
 # ---- 1  Configuration: the only home of a default and of its help text. The command line's flags are made from it. ---
 
 
@@ -127,7 +132,11 @@ def configuration(cls, values: dict):
             flag = each.name.replace("_", "-")
             raise UserError(f"--{flag} {value}: must be at least {limits['minimum']}{most}")
     if values["device"] == "auto":
-        values["device"] = str(torch.accelerator.current_accelerator() or "cpu")
+        values["device"] = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    try:
+        torch.empty(0, device=values["device"])
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {values['device']}: {first_line(error)}; try auto") from None
     return cls(**values)
 
 
@@ -164,10 +173,7 @@ _GRAMMAR = re.compile(
 
 
 def parse(caption: str) -> tuple[str | None, ...] | None:
-    """What a caption says of a scene, None for each thing it leaves open; None if it is not well-formed.
-
-    Order: size, colour, shape, relation, size, colour, shape, background. A scene is the caption that tells all.
-    """
+    """(size, colour, shape, relation, size, colour, shape, background), None where left open; None if ill-formed."""
     match = _GRAMMAR.fullmatch(caption)
     return match and match.groups()
 
@@ -237,10 +243,7 @@ SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", "
 
 
 def load_image(image: Path | Image.Image) -> Image.Image:
-    """Any picture as upright RGB: EXIF rotation applied, transparency on white, 16-bit scaled, first frame of a film.
-
-    Raises OSError, ValueError or Image.DecompressionBombError for what is not a whole, reasonable picture.
-    """
+    """Any picture as upright RGB: EXIF rotation applied, transparency on white, 16 bits scaled, the first frame."""
     if isinstance(image, Path):
         image = Image.open(image)
         image.load()  # a truncated file fails here, not later
@@ -319,8 +322,7 @@ def write_text(path: Path, text: str) -> None:
 def schedule(examples: Sequence[Example], batch_size: int, steps: int, seed: int) -> Iterator[list[tuple[int, int]]]:
     """For each step a batch of (index of an example, index of the reference that is its ground truth).
 
-    Every epoch is a new shuffle, and a batch never crosses into the next epoch, so it never holds a picture twice: the
-    contrastive reward would take the copy for a competitor.
+    A batch never crosses into the next epoch, hence never holds a picture twice: Eq. 6 would see a competitor in it.
     """
     rng, order = random.Random(seed), []
     for _ in range(steps):
@@ -345,14 +347,18 @@ class Captioner(nn.Module):
     @classmethod
     def load(cls, name: str) -> Captioner:
         """Load a Hub name, a Hugging Face folder, or the captioner of a run folder, in fp32."""
+        from safetensors import SafetensorError
         from transformers import AutoProcessor, BlipForConditionalGeneration
 
         folder = local_folder(name, "captioner", "config.json")
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
         if kind != "blip":
             raise UserError(f"{name}: a captioner of type {kind}; this version knows blip")
-        model = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        return cls(model, AutoProcessor.from_pretrained(folder))
+        try:
+            model = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+            return cls(model, AutoProcessor.from_pretrained(folder))
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{name}: cannot load this captioner ({first_line(error)}); is it complete?") from None
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder."""
@@ -387,7 +393,6 @@ class Captioner(nn.Module):
         return self.model.text_decoder.generate(
             input_ids=torch.full((len(features), 1), self.start, device=self.model.device),
             encoder_hidden_states=features,
-            encoder_attention_mask=torch.ones(features.shape[:2], device=self.model.device),
             do_sample=sample, **(dict(top_k=0, top_p=1.0, temperature=1.0) if sample else {}), num_beams=beams,
             repetition_penalty=1.0, max_new_tokens=max_length, eos_token_id=self.end, pad_token_id=self.pad,
         )  # fmt: skip
@@ -395,15 +400,13 @@ class Captioner(nn.Module):
     def log_probs(self, features: Tensor, tokens: Tensor) -> Tensor:
         """log p of each token given those before it, in nats: (B, T - 1). Differentiable; padding is up to `mask`."""
         logits = self.model.text_decoder(
-            input_ids=tokens[:, :-1],
-            encoder_hidden_states=features,
-            encoder_attention_mask=torch.ones(features.shape[:2], device=self.model.device),
+            input_ids=tokens[:, :-1], encoder_hidden_states=features
         ).logits  # (B, T - 1, V)
         return logits.log_softmax(dim=-1).gather(2, tokens[:, 1:, None]).squeeze(2)
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Tokens as text."""
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        """Tokens as text, without what is not words."""
+        return self.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True, clean_up_tokenization_spaces=True)
 
 
 def local_folder(name: str, inside: str, wanted: str) -> Path:
@@ -423,9 +426,8 @@ def local_folder(name: str, inside: str, wanted: str) -> Path:
         except FileNotFoundError:
             return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{name}: not a folder, nor to be had from the Hugging Face Hub ({reason}); give a folder, "
-                        "for instance the runs/toy that `distcap train` makes") from None  # fmt: skip
+        raise UserError(f"{name}: not a folder, nor to be had from the Hugging Face Hub ({first_line(error)}); "
+                        "give a folder, for instance the runs/toy of `distcap train`") from None  # fmt: skip
 
 
 def toy_tokenizer():
@@ -483,8 +485,9 @@ class CLIP:
             model, preprocess = open_clip.create_model_from_pretrained(architecture, tag, force_quick_gelu=quick)
             return cls(model, preprocess, open_clip.get_tokenizer(architecture), device)
         except (RuntimeError, OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"{name}: cannot load this CLIP ({reason}); give --clip NAME/TAG or a folder") from None
+            raise UserError(
+                f"{name}: cannot load this CLIP ({first_line(error)}); give --clip NAME/TAG or a folder"
+            ) from None
 
     @torch.no_grad()
     def embed_images(self, images: Iterable[Image.Image], batch_size: int = 64) -> Tensor:
@@ -599,10 +602,9 @@ def teacher_forcing_loss(log_probs: Tensor, mask: Tensor) -> Tensor:
 
 
 def reinforce_loss(log_probs: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
-    """-A log p(c|i) (Eq. 2), the mean over the batch: (B, T), (B, T), (B,) -> ().
+    """-A log p(c|i) (Eq. 2), the mean over the batch: (B, T), (B, T), (B,) -> (). The advantages are detached.
 
-    The advantages are detached: the gradient is the score function's. Its value is no measure of progress, only its
-    gradient means something.
+    The gradient is the score function's, and only it means something: the value is no measure of progress.
     """
     return -(advantages.detach() * mean_log_probs(log_probs, mask)).mean()
 
@@ -725,10 +727,7 @@ def fit(stage: str, model: nn.Module, step: Callable, batches, learning_rate: fl
 
 
 def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, log, width: int = 96) -> CLIP:
-    """Train an open_clip model of 0.5 M parameters on pictures and their alt texts, save it to `folder`, and load it.
-
-    The loss is CLIP's own: among the batch, pick each picture's text and each text's picture.
-    """
+    """Train an open_clip model of 0.5 M parameters on pictures and alt texts with CLIP's loss, save it, and load it."""
     import open_clip
     from safetensors.torch import save_model
 
@@ -811,10 +810,9 @@ def ngram_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]) 
 
 
 def toy_measures(captions: Sequence[str], scenes: Sequence[str]) -> dict[str, float]:
-    """What only a known world can tell: is the caption well-formed, is it true, of how many scenes is it true?
+    """What only a known world can tell: is a caption well-formed, is it true (faithful), does it single it out?
 
-    oracle_R@1 is the chance of an ideal reader to pick the right picture: 1 / number of scenes of which the caption is
-    true, 0 if it is not true of its own.
+    oracle_R@1 is an ideal reader's: 1 / number of scenes of which the caption is true, 0 if it is false of its own.
     """
     faithful = [is_true(caption, scene) for caption, scene in zip(captions, scenes)]
     matches = {caption: sum(is_true(caption, scene) for scene in scenes) for caption in set(captions)}
@@ -915,12 +913,11 @@ def train(config: TrainConfig) -> int:
 def report(out: Path, config: TrainConfig, test: Sequence[Example], clip: CLIP, before: list, after: list) -> None:
     """Measure the captions before and after, save results.json, and print the table and a few pictures' captions."""
     measured = {"before": evaluate(before, test, clip), "after": evaluate(after, test, clip)}
-    rows = list(zip([example.image_id for example in test], before, after))[:6]
     about = dict(split="test", images=len(test), seed=config.seed, beams=config.beams, max_length=config.max_length)
     packages = {name: version(name) for name in ("torch", "transformers", "open_clip_torch", "pycocoevalcap")}
+    rows = list(zip([example.image_id for example in test], before, after))[:6]
     shown = [dict(zip(("file_name", "before", "after"), row)) for row in rows]
-    results = measured | about | {"versions": packages, "captions": shown}
-    write_text(out / "results.json", json.dumps(results, indent=2))
+    write_text(out / "results.json", json.dumps(measured | about | {"versions": packages, "captions": shown}, indent=2))
     print(table(measured))
     for row in rows:
         print("\n{}\n  before  {}\n  after   {}".format(*row))
@@ -933,7 +930,7 @@ def caption(config: CaptionConfig) -> int:
     failures = []
     for path, written in zip(paths, write_captions(captioner, paths, config)):
         if isinstance(written, Exception):
-            failures.append(f"{path}: {written or type(written).__name__}")
+            failures.append(f"{path}: {first_line(written)}")
         else:
             print(path, written, sep="\t", flush=True)
     for failure in failures:

@@ -1,0 +1,178 @@
+"""Sections 1 and 10: flags, the three verbs, exit codes, one-line errors."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import distcap
+
+SCRIPT = Path(distcap.__file__)
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder of pictures of several modes and sizes, and one broken file."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for number, (mode, size) in enumerate((("RGB", (640, 480)), ("L", (31, 77)), ("RGBA", (9, 9)), ("CMYK", (50, 40)))):
+        suffix = {"RGBA": "png", "L": "PNG"}.get(mode, "jpg")
+        Image.effect_noise(size, 90).convert("RGB").convert(mode).save(folder / f"{number} é.{suffix}")
+    return folder
+
+
+def one_line(capsys):
+    """The single line of standard error, with nothing on standard output."""
+    streams = capsys.readouterr()
+    assert streams.out == "" and streams.err.count("\n") == 1, streams
+    return streams.err
+
+
+def forbid_models(monkeypatch):
+    def load(*_):
+        raise AssertionError("a model was loaded before the mistake was found")
+
+    monkeypatch.setattr(distcap.Captioner, "load", load)
+    monkeypatch.setattr(distcap.CLIP, "load", load)
+    monkeypatch.setattr(distcap, "toy_clip", load)
+
+
+def test_train_leaves_a_run_folder(run):
+    results = json.loads((run / "results.json").read_text())
+    for row in ("before", "after"):
+        assert {"text_to_image_R@1", "image_to_text_R@10", "bleu_4", "rouge_l", "cider", "well_formed", "faithful",
+                "oracle_R@1", "mean_length"} <= set(results[row])  # fmt: skip
+    assert results["seed"] == 0 and results["split"] == "test" and results["images"] == 40
+    assert len(results["captions"]) == 6 and set(results["captions"][0]) == {"file_name", "before", "after"}
+    config = json.loads((run / "config.json").read_text())
+    assert config["steps"] == 4 and config["similarity_weight"] == 0.94
+    stages = [json.loads(line)["stage"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert stages == ["clip"] * 40 + ["tf"] * 60 + ["rl"] * 4
+    assert len(list((run / "test").glob("*.png"))) == 40 and not list(run.rglob("*.partial"))
+
+
+def test_eval_reproduces_the_after_row_exactly(run, tmp_path, capsys):
+    out = tmp_path / "measures.json"
+    assert distcap.main(["eval", str(run / "test"), "--captioner", str(run), "--out", str(out)]) == 0
+    after = json.loads((run / "results.json").read_text())["after"]
+    assert json.loads(out.read_text()) == after
+    assert f"{after['oracle_R@1']:.1%}" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_results(tmp_path, capsys):
+    flags = ["--train-size", "64", "--test-size", "6", "--clip-steps", "3", "--tf-steps", "3", "--steps", "2"]
+    for name in ("one", "two"):
+        assert distcap.main(["train", *flags, "--seed", "7", "--device", "cpu", "--out", str(tmp_path / name)]) == 0
+    assert (tmp_path / "one/results.json").read_bytes() == (tmp_path / "two/results.json").read_bytes()
+    assert (tmp_path / "one/log.jsonl").read_bytes() == (tmp_path / "two/log.jsonl").read_bytes()
+    out = capsys.readouterr().out
+    assert "before" in out and "after" in out and "oracle_R@1" in out
+
+
+def test_train_continues_from_a_run_with_any_objective(run, tmp_path):
+    flags = ["--captioner", str(run), "--clip", str(run), "--tf-steps", "0", "--steps", "2", "--batch-size", "16",
+             "--train-size", "64", "--test-size", "6", "--device", "cpu"]  # fmt: skip
+    for number, objective in enumerate((
+        ["--baseline", "greedy", "--similarity-weight", "1", "--ground-truth-weight", "0"],
+        ["--direction", "image-to-text"], ["--sampled-weight", "0"], ["--objective", "tf"],
+    )):  # fmt: skip
+        assert distcap.main(["train", *flags, *objective, "--out", str(tmp_path / str(number))]) == 0
+
+
+def test_train_takes_a_folder_of_the_users(run, tmp_path):
+    flags = ["--captioner", str(run), "--clip", str(run), "--steps", "2", "--batch-size", "8", "--device", "cpu"]
+    assert distcap.main(["train", str(run / "test"), *flags, "--out", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run/results.json").read_text())["images"] == 8  # a fifth is held out
+
+
+def test_caption_writes_a_line_per_picture_in_order(run, capsys):
+    pictures = sorted((run / "test").glob("*.png"))
+    assert distcap.main(["caption", str(run / "test"), "--captioner", str(run), "--batch-size", "7"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == [str(path) for path in pictures]
+    assert all(len(line.split("\t")) == 2 and line.split("\t")[1] for line in lines)
+
+
+def test_caption_takes_photographs_and_reports_a_broken_one(run, photographs, capsys):
+    assert distcap.main(["caption", str(photographs), "--captioner", str(run)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    (photographs / "broken.jpg").write_text("no picture")
+    assert distcap.main(["caption", str(photographs), "--captioner", str(run)]) == 1
+    streams = capsys.readouterr()
+    assert len(streams.out.splitlines()) == 4 and "broken.jpg" in streams.err
+
+
+def test_the_script_runs_as_a_command(run):
+    picture = next((run / "test").glob("*.png"))
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "caption", picture, "--captioner", run], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout.startswith(f"{picture}\t") and done.stdout.count("\n") == 1
+    assert done.stderr == ""  # no bar, no chatter where nobody watches
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["train", "--batch-size", "-3"], "--batch-size -3: must be at least 1"),
+        (["train", "--similarity-weight", "1.5"], "--similarity-weight 1.5: must be at least 0 and at most 1"),
+        (["train", "--steps", "many"], "--steps"),
+        (["train", "--objective", "ppo"], "'rl', 'tf'"),
+        (["train", "--batch-size", "100", "--train-size", "50"], "--batch-size 100: only 50 training examples"),
+        (["train", "--device", "warp"], "--device warp"),
+        (["train", "nowhere"], "nowhere"),
+        (["caption"], "PATHS"),
+        (["caption", "nowhere"], "nowhere: no such file or folder"),
+        (["caption", "EMPTY"], "no pictures in this folder"),
+        (["eval", "EMPTY", "--captioner", "x"], "metadata.jsonl"),
+        (["paint"], "paint"),
+        ([], "distcap --help"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2_before_any_model_loads(arguments, wanted, tmp_path, monkeypatch, capsys):
+    forbid_models(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
+    try:
+        status = distcap.main(arguments)
+    except SystemExit as stop:  # argparse leaves this way
+        status = stop.code
+    assert status == 2 and wanted in one_line(capsys)
+
+
+def test_a_run_is_not_overwritten_by_mistake(run, capsys):
+    before = (run / "results.json").read_bytes()
+    assert distcap.main(["train", "--out", str(run)]) == 2
+    assert "--overwrite" in one_line(capsys) and (run / "results.json").read_bytes() == before
+
+
+def test_what_is_no_checkpoint_is_one_line(run, tmp_path, capsys):
+    pictures = str(run / "test")
+    assert distcap.main(["caption", pictures, "--captioner", str(tmp_path)]) == 2
+    assert "not a checkpoint" in one_line(capsys)
+    assert distcap.main(["caption", pictures]) == 2  # the default captioner is on the Hub, which no test can reach
+    assert "Salesforce/blip-image-captioning-base" in one_line(capsys)
+
+
+@pytest.mark.parametrize("verb", ["train", "caption", "eval"])
+def test_help_names_every_field_with_its_default(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit) as stop:
+        distcap.main([verb, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for each in dataclasses.fields(distcap.VERBS[verb][0]):
+        positional = "positional" in each.metadata
+        assert (each.name.upper() if positional else "--" + each.name.replace("_", "-")) in text
+
+
+def test_importing_the_module_does_nothing_heavy():
+    code = (
+        "import sys, distcap; print(*[m for m in ('transformers', 'open_clip', 'pycocoevalcap') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SCRIPT.parent)
+    assert done.stdout.strip() == "" and done.stderr == ""

@@ -1,0 +1,104 @@
+"""Section 5: values by hand, slow twins, invariants, edges."""
+
+import math
+
+import pytest
+import torch
+
+import distcap
+
+DIRECTIONS = ("both", "image-to-text", "text-to-image")
+
+
+def slow_contrastive_reward(captions, images, image_index, scale, direction):
+    """Eq. 6 with loops, in double precision."""
+    rewards = []
+    for c, i in enumerate(image_index.tolist()):
+
+        def similarity(c, i):
+            return scale * sum(x * y for x, y in zip(captions[c].tolist(), images[i].tolist()))
+
+        other_captions = [math.exp(similarity(each, i)) for each in range(len(captions)) if each != c]
+        other_images = [math.exp(similarity(c, each)) for each in range(len(images)) if each != i]
+        a = similarity(c, i) - math.log(sum(other_captions))
+        b = similarity(c, i) - math.log(sum(other_images))
+        rewards.append({"both": (a + b) / 2, "image-to-text": a, "text-to-image": b}[direction] / scale)
+    return torch.tensor(rewards)
+
+
+def test_similarity_reward_by_hand():
+    captions, images = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[0.0, 1.0], [0.6, 0.8]])
+    torch.testing.assert_close(distcap.similarity_reward(captions, images), torch.tensor([0.0, 1.0]))
+
+
+def test_contrastive_reward_by_hand():
+    captions = images = torch.eye(2)  # own cosine 1, the other 0, so each competitor sum is exp(0) = 1
+    rewards = distcap.contrastive_reward(captions, images, torch.tensor([0, 1]), logit_scale=3.0)
+    torch.testing.assert_close(rewards, torch.ones(2))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_contrastive_reward_equals_its_slow_twin(pool, direction):
+    rewards = distcap.contrastive_reward(pool.captions, pool.images, pool.image_index, pool.scale, direction)
+    expected = slow_contrastive_reward(pool.captions, pool.images, pool.image_index, pool.scale, direction)
+    torch.testing.assert_close(rewards, expected)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_contrastive_reward_follows_a_permutation_of_the_pool(pool, direction):
+    def reward(order):
+        return distcap.contrastive_reward(
+            pool.captions[order], pool.images, pool.image_index[order], pool.scale, direction
+        )
+
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    torch.testing.assert_close(reward(order), reward(torch.arange(6))[order])
+
+
+def test_the_other_captions_of_the_same_image_compete(pool):
+    """Only the scored pair is left out: a perfect ground truth lowers the reward of the sample of its image."""
+    rewards = distcap.contrastive_reward(pool.captions, pool.images, pool.image_index, pool.scale, "image-to-text")
+    pool.captions[2] = pool.images[0]
+    stronger = distcap.contrastive_reward(pool.captions, pool.images, pool.image_index, pool.scale, "image-to-text")
+    assert stronger[0] < rewards[0] and stronger[2] > rewards[2]
+
+
+def test_hard_negative_images_may_join_the_image_pool(pool):
+    more = torch.cat([pool.images, pool.captions[:1]])  # an image that caption 0 describes perfectly
+    args = (pool.image_index, pool.scale, "text-to-image")
+    before = distcap.contrastive_reward(pool.captions, pool.images, *args)
+    assert distcap.contrastive_reward(pool.captions, more, *args)[0] < before[0]
+
+
+@pytest.mark.parametrize("scale", (100.0, 1000.0))
+def test_contrastive_reward_is_finite_and_exact_at_large_scales(pool, scale):
+    """exp() first, as in the authors' script, is inf at 100; the limit of a log-sum-exp is the maximum."""
+    rewards = distcap.contrastive_reward(pool.captions, pool.images, pool.image_index, 1000 * scale, "text-to-image")
+    cosines = pool.captions @ pool.images.T
+    own, other = cosines[range(6), pool.image_index], cosines[range(6), 1 - pool.image_index]
+    torch.testing.assert_close(rewards, own - other, atol=1e-4, rtol=1e-3)
+    assert distcap.contrastive_reward(pool.captions, pool.images, pool.image_index, scale).isfinite().all()
+
+
+def test_contrastive_reward_of_a_single_pair_is_finite():
+    one = torch.ones(1, 1)
+    reward = distcap.contrastive_reward(one, one, torch.tensor([0]), logit_scale=100.0)
+    torch.testing.assert_close(reward, torch.tensor([1.0]))
+
+
+def test_mixed_reward_by_hand():
+    mixed = distcap.mixed_reward(torch.tensor([1.0, -1.0]), torch.tensor([0.5, 0.0]), similarity_weight=0.75)
+    torch.testing.assert_close(mixed, torch.tensor([0.875, -0.75]))
+    torch.testing.assert_close(distcap.mixed_reward(mixed, mixed, 0.3), mixed)  # both agree: no matter the weight
+
+
+def test_centred_advantages_have_mean_zero_and_forget_a_constant():
+    rewards = torch.tensor([1.0, 2.0, 6.0])
+    torch.testing.assert_close(distcap.centred_advantages(rewards), torch.tensor([-2.0, -1.0, 3.0]))
+    torch.testing.assert_close(distcap.centred_advantages(rewards + 5), distcap.centred_advantages(rewards))
+    assert distcap.centred_advantages(rewards[:1]).item() == 0  # a batch of one learns nothing
+
+
+def test_self_critical_advantages_by_hand():
+    advantages = distcap.self_critical_advantages(torch.tensor([0.7, 0.2]), torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(advantages, torch.tensor([0.2, -0.3]))
