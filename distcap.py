@@ -95,7 +95,7 @@ class TrainConfig(Decoding):
     tf_steps: int = option(0, "steps of teacher forcing, first", toy=600, minimum=0)
     tf_learning_rate: float = option(1e-5, "its peak learning rate", toy=2e-3, minimum=0)
     steps: int = option(10_000, "steps of reinforcement learning", toy=400, minimum=0)
-    learning_rate: float = option(1e-6, "its peak learning rate", toy=8e-4, minimum=0)
+    learning_rate: float = option(1e-6, "its peak learning rate", toy=6e-4, minimum=0)
     discriminator_learning_rate: float = option(7e-5, "learning rate of Eq. 4", toy=1e-3, minimum=0)
     max_gradient_norm: float = option(1.0, "gradients are scaled down to this norm", minimum=0)
     clip_steps: int = option(600, "toy only: steps of CLIP's pretraining", minimum=1)
