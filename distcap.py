@@ -91,7 +91,7 @@ class TrainConfig(Decoding):
     direction: str = option("both", "direction of Eq. 6", choices=("both", "image-to-text", "text-to-image"))
     similarity_weight: float = option(0.94, "alpha of Eq. 3; the discriminator weighs the rest", minimum=0, maximum=1)
     sampled_weight: float = option(1.0, "weight of REINFORCE on sampled captions (Eq. 2)", minimum=0)
-    ground_truth_weight: float = option(1.0, "weight of REINFORCE on ground-truth captions (Eq. 5)", minimum=0)
+    ground_truth_weight: float = option(1.0, "weight of REINFORCE on ground truth (Eq. 5)", toy=2.0, minimum=0)
     tf_steps: int = option(0, "steps of teacher forcing, first", toy=600, minimum=0)
     tf_learning_rate: float = option(1e-5, "its peak learning rate", toy=2e-3, minimum=0)
     steps: int = option(10_000, "steps of reinforcement learning", toy=400, minimum=0)
