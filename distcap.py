@@ -782,11 +782,8 @@ def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 1024) -> Tens
 
 def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor) -> dict[str, float]:
     """Recall at 1, 5 and 10 and the median rank, both ways, over all the images given."""
-    measures = {}
-    for direction, queries, targets in (
-        ("text_to_image", caption_embeddings, image_embeddings),
-        ("image_to_text", image_embeddings, caption_embeddings),
-    ):
+    measures, rows = {}, (caption_embeddings, image_embeddings)
+    for direction, (queries, targets) in {"text_to_image": rows, "image_to_text": rows[::-1]}.items():
         ranks = retrieval_ranks(queries, targets)
         measures |= {f"{direction}_R@{k}": (ranks <= k).float().mean().item() for k in (1, 5, 10)}
         measures[f"{direction}_median_rank"] = ranks.median().item()
@@ -945,7 +942,7 @@ def evaluate_command(config: EvalConfig) -> int:
     measures = evaluate(list(write_captions(captioner, [each.image for each in examples], config)), examples, clip)
     if config.out:
         write_text(Path(config.out), json.dumps(measures, indent=2))
-    print(table({"": measures}))
+    print(table({Path(config.data).name: measures}))
     return 0
 
 
@@ -993,6 +990,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"distcap: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read us has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def test_eval_reproduces_the_after_row_exactly(run, tmp_path, capsys):
     assert distcap.main(["eval", str(run / "test"), "--captioner", str(run), "--out", str(out)]) == 0
     after = json.loads((run / "results.json").read_text())["after"]
     assert json.loads(out.read_text()) == after
-    assert f"{after['oracle_R@1']:.1%}" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["test"] and f"{after['oracle_R@1']:.1%}" in lines[-1]
 
 
 def test_the_same_seed_gives_the_same_results(tmp_path, capsys):
@@ -113,6 +114,15 @@ def test_the_script_runs_as_a_command(run):
     )
     assert done.returncode == 0 and done.stdout.startswith(f"{picture}\t") and done.stdout.count("\n") == 1
     assert done.stderr == ""  # no bar, no chatter where nobody watches
+
+
+def test_a_reader_that_has_seen_enough_ends_caption_quietly(run):
+    command = [sys.executable, SCRIPT, "caption", run / "test", "--captioner", run, "--batch-size", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(
