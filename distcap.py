@@ -1,10 +1,9 @@
 """distcap: distinctive image captioning with CLIP-guided reinforcement learning, in one readable file.
 
-A captioner trained by teacher forcing says what is true of many pictures. This module trains one to say what is true
-of *this* picture: the reward is how well CLIP retrieves the picture from the caption (and back), and human captions
-keep the writing human. The method is that of Chaffin, Kijak and Claveau, "Distinctive Image Captioning: Leveraging
-Ground Truth Captions in CLIP Guided Reinforcement Learning" (arXiv 2402.13936); equations are numbered as in the
-README and in tutorial.ipynb.
+A captioner trained by teacher forcing says what is true of many pictures. This one learns to say what is true of *this*
+picture: its reward is how well CLIP finds the picture from the caption, and back; human captions keep the writing
+human. The method: Chaffin, Kijak and Claveau, "Distinctive Image Captioning: Leveraging Ground Truth Captions in CLIP
+Guided Reinforcement Learning" (arXiv 2402.13936). Equations are numbered as in the README.
 
     python distcap.py train                                               # the whole method on a built-in toy world
     python distcap.py caption runs/toy/test --captioner runs/toy          # one line per picture
@@ -28,6 +27,7 @@ Departures from the authors' released scripts, each with its reason where it hap
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -36,7 +36,6 @@ import random
 import re
 import statistics
 import sys
-import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -59,8 +58,6 @@ def first_line(error: Exception) -> str:
 
 
 # ---- 1  Configuration: the only home of a default and of its help text. The command line's flags are made from it. ---
-
-
 def option(default, help: str, **limits):
     """A field and its help text. `choices`, `minimum`, `maximum` limit it; `toy` is its default on the toy world."""
     return field(default=default, metadata={"help": help, **limits})
@@ -141,8 +138,6 @@ def configuration(cls, values: dict):
 
 
 # ---- 2  Data: examples, the toy world, pictures from disk ------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Example:
     """A picture, on disk or in memory, and its references: the human captions. In the toy world, also its `scene`."""
@@ -333,45 +328,62 @@ def schedule(examples: Sequence[Example], batch_size: int, steps: int, seed: int
 
 
 # ---- 3  Captioner: encode once, then sample, decode greedily and score from the same features ------------------------
-
-
 class Captioner(nn.Module):
-    """A BLIP captioner p(c|i) and its processor. `tokens` are (B, T): start, words, end, then padding."""
+    """A captioner p(c|i): BLIP, VisionEncoderDecoder (ViT-GPT2 and the like) or GIT, with its preprocessing.
 
-    def __init__(self, model: nn.Module, processor) -> None:
+    `tokens` are (B, T): start, words, end, then padding. GIT has no features to reuse; there, they are the pixels.
+    """
+
+    def __init__(self, model: nn.Module, image_processor, tokenizer) -> None:
         super().__init__()
-        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
-        config = model.config.text_config
-        self.start, self.end, self.pad = config.bos_token_id, config.sep_token_id, config.pad_token_id
+        self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
+        self.family = model.config.model_type
+        encoder_decoder = self.family == "vision-encoder-decoder"
+        ids = model.generation_config if encoder_decoder else getattr(model.config, "text_config", model.config)
+        self.start = ids.decoder_start_token_id if encoder_decoder else ids.bos_token_id
+        self.end, self.pad = ids.sep_token_id if self.family == "blip" else ids.eos_token_id, ids.pad_token_id
 
     @classmethod
     def load(cls, name: str) -> Captioner:
         """Load a Hub name, a Hugging Face folder, or the captioner of a run folder, in fp32."""
         from safetensors import SafetensorError
-        from transformers import AutoProcessor, BlipForConditionalGeneration
+        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
         folder = local_folder(name, "captioner", "config.json")
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-        if kind != "blip":
-            raise UserError(f"{name}: a captioner of type {kind}; this version knows blip")
         try:
-            model = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-            return cls(model, AutoProcessor.from_pretrained(folder))
+            family = json.loads((folder / "config.json").read_text()).get("model_type")
+            if family not in (known := ("blip", "vision-encoder-decoder", "git")):
+                raise UserError(f"{name}: a model of type {family}; captioners are of type {', '.join(known)}")
+            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+            return cls(model, AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{name}: cannot load this captioner ({first_line(error)}); is it complete?") from None
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder."""
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        for part in (self.model, self.image_processor, self.tokenizer):
+            part.save_pretrained(folder)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB pictures, resized and normalised as the checkpoint wants them: (B, 3, H, W)."""
-        return self.processor.image_processor(list(images), return_tensors="pt").pixel_values
+        return self.image_processor(list(images), return_tensors="pt").pixel_values
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Image features (B, N, H), computed once and used by everything below."""
-        return self.model.vision_model(pixels.to(self.model.device)).last_hidden_state
+        pixels = pixels.to(self.model.device)
+        if self.family == "git":
+            return pixels
+        return (self.model.vision_model if self.family == "blip" else self.model.encoder)(pixels).last_hidden_state
+
+    def writer(self, features: Tensor, tokens: Tensor) -> tuple[nn.Module, dict]:
+        """The module that writes, and its inputs: what it sees of each image, and the tokens so far."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        if self.family == "blip":
+            return self.model.text_decoder, {"input_ids": tokens, "encoder_hidden_states": features}
+        if self.family == "git":
+            return self.model, {"input_ids": tokens, "pixel_values": features}
+        return self.model, {"decoder_input_ids": tokens, "encoder_outputs": BaseModelOutput(features)}
 
     def tokenize(self, captions: Sequence[str], max_length: int) -> Tensor:
         """Captions as tokens (B, T), T <= max_length + 1. Longer ones are cut, and then have no end token."""
@@ -390,23 +402,23 @@ class Captioner(nn.Module):
 
         Every option is passed, lest the checkpoint's own generation settings bias the samples.
         """
-        return self.model.text_decoder.generate(
-            input_ids=torch.full((len(features), 1), self.start, device=self.model.device),
-            encoder_hidden_states=features,
-            do_sample=sample, **(dict(top_k=0, top_p=1.0, temperature=1.0) if sample else {}), num_beams=beams,
-            repetition_penalty=1.0, max_new_tokens=max_length, eos_token_id=self.end, pad_token_id=self.pad,
+        module, inputs = self.writer(features, torch.full((len(features), 1), self.start, device=self.model.device))
+        return module.generate(
+            **inputs, do_sample=sample, **(dict(top_k=0, top_p=1.0, temperature=1.0) if sample else {}),
+            num_beams=beams, length_penalty=1.0, early_stopping=False, repetition_penalty=1.0, no_repeat_ngram_size=0,
+            min_length=0, max_new_tokens=max_length, eos_token_id=self.end, pad_token_id=self.pad,
         )  # fmt: skip
 
     def log_probs(self, features: Tensor, tokens: Tensor) -> Tensor:
         """log p of each token given those before it, in nats: (B, T - 1). Differentiable; padding is up to `mask`."""
-        logits = self.model.text_decoder(
-            input_ids=tokens[:, :-1], encoder_hidden_states=features
-        ).logits  # (B, T - 1, V)
+        module, inputs = self.writer(features, tokens[:, :-1])
+        logits = module(**inputs).logits[:, 1 - tokens.shape[1] :]  # (B, T - 1, V): GIT's begin with the image
         return logits.log_softmax(dim=-1).gather(2, tokens[:, 1:, None]).squeeze(2)
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Tokens as text, without what is not words."""
-        return self.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        """Tokens as text, each caption a single line."""
+        texts = self.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        return [" ".join(text.split()) for text in texts]
 
 
 def local_folder(name: str, inside: str, wanted: str) -> Path:
@@ -421,10 +433,9 @@ def local_folder(name: str, inside: str, wanted: str) -> Path:
 
     patterns = ["*.json", "*.txt", "*.safetensors"]
     try:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        except FileNotFoundError:
-            return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
         raise UserError(f"{name}: not a folder, nor to be had from the Hugging Face Hub ({first_line(error)}); "
                         "give a folder, for instance the runs/toy of `distcap train`") from None  # fmt: skip
@@ -440,7 +451,7 @@ def toy_tokenizer():
 
 def toy_captioner(seed: int) -> Captioner:
     """A BLIP of 0.5 M parameters with random weights, for 32-pixel pictures and the toy world's words."""
-    from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
+    from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
 
     torch.manual_seed(seed)
     tokenizer = toy_tokenizer()
@@ -454,13 +465,12 @@ def toy_captioner(seed: int) -> Captioner:
             sep_token_id=tokenizer.sep_token_id, pad_token_id=tokenizer.pad_token_id,
         ),
     )  # fmt: skip
-    processor = BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
-    return Captioner(BlipForConditionalGeneration(config), processor)
+    return Captioner(
+        BlipForConditionalGeneration(config), BlipImageProcessor(size=dict(height=32, width=32)), tokenizer
+    )
 
 
 # ---- 4  CLIP: images and captions as unit rows -----------------------------------------------------------------------
-
-
 class CLIP:
     """A frozen open_clip model: `embed_images` and `embed_captions` give unit rows (B, D) without gradient."""
 
@@ -510,8 +520,6 @@ class CLIP:
 
 
 # ---- 5  Rewards: pure functions of unit embeddings; nothing here has a gradient to give ------------------------------
-
-
 def similarity_reward(caption_embeddings: Tensor, image_embeddings: Tensor) -> Tensor:
     """Cosine of each caption with its own image: (C, D), (C, D) -> (C,), in [-1, 1]. The reward of Cho et al. 2022."""
     return (caption_embeddings * image_embeddings).sum(dim=1)
@@ -526,13 +534,12 @@ def contrastive_reward(
 ) -> Tensor:
     """Bidirectional contrastive reward (Eq. 6) of each caption of the pool: (C, D), (I, D), (C,) -> (C,), as a cosine.
 
-    Image-to-text: is this caption the one to pick for its image, among all captions of the pool?
-        a(c, i) = s e_c.e_i - log sum_{c' != c} exp(s e_c'.e_i)
-    Text-to-image: is this image the one to pick for the caption, among all images?
-        b(c, i) = s e_c.e_i - log sum_{i' != i} exp(s e_c.e_i')
-    The reward is (a + b) / 2s; with one direction, a / s or b / s. The log-sum-exp is a soft maximum: the strongest
-    competitor is the baseline. Only the scored pair is left out of it, so that the ground truth and the greedy caption
-    of the same image compete with the sample. Where there is no competitor at all, its log-sum-exp counts as zero.
+        a(c, i) = s e_c.e_i - log sum_{c' != c} exp(s e_c'.e_i)    image-to-text: does the image pick this caption?
+        b(c, i) = s e_c.e_i - log sum_{i' != i} exp(s e_c.e_i')    text-to-image: does the caption pick its image?
+
+    The reward is (a + b) / 2s; of one direction, a / s or b / s. The log-sum-exp is a soft maximum: the strongest
+    competitor is the baseline. Only the scored pair is left out, so the ground truth and the greedy caption of the same
+    image compete with the sample. Where there is no competitor at all, its log-sum-exp counts as zero.
 
     `image_index[c]` is the row of caption c's own image. Masking before the log-sum-exp is exact at any scale, where
     exp() and a subtraction, as in the authors' script, overflow.
@@ -568,8 +575,6 @@ def self_critical_advantages(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
 
 
 # ---- 6  Discriminator: is this caption human? ------------------------------------------------------------------------
-
-
 class Discriminator(nn.Module):
     """D(i, c) of Eq. 4: two hidden layers on e_i and e_c side by side; `forward` gives logits (C,)."""
 
@@ -589,8 +594,6 @@ def discriminator_loss(sampled_logits: Tensor, ground_truth_logits: Tensor) -> T
 
 
 # ---- 7  Objective: the only place where a loss of the captioner is made ----------------------------------------------
-
-
 def mean_log_probs(log_probs: Tensor, mask: Tensor) -> Tensor:
     """log p(c|i) of each caption: the mean over its real tokens, in nats: (B, T), (B, T) -> (B,)."""
     return (log_probs * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
@@ -618,9 +621,7 @@ def ground_truth_loss(log_probs: Tensor, mask: Tensor, advantages: Tensor) -> Te
 
 
 # ---- 8  Training -----------------------------------------------------------------------------------------------------
-
-
-Batch = tuple[list[int], list[str], Tensor]  # B examples' indices, a ground-truth caption each, pixels (B, 3, H, W)
+Batch = tuple[list[int], list[str], Tensor]  # indices of B examples, a ground truth each, pixels (B, 3, H, W)
 
 
 class Batches(torch.utils.data.Dataset):
@@ -674,7 +675,7 @@ def reinforce_step(learner: Learner, batch: Batch, config: TrainConfig) -> tuple
 
     rows = [*sampled, *captioner.tokenize(ground_truth, config.max_length)]
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=captioner.pad)  # (2B, T)
-    log_probs = captioner.log_probs(features.repeat(2, 1, 1), tokens)
+    log_probs = captioner.log_probs(torch.cat([features, features]), tokens)
     sampled_log_probs, ground_truth_log_probs = log_probs.chunk(2)
     sampled_mask, ground_truth_mask = captioner.mask(tokens).chunk(2)
     sampled_loss = reinforce_loss(sampled_log_probs, sampled_mask, advantages)
@@ -768,8 +769,6 @@ def fit_captioner(learner: Learner, examples: Sequence[Example], objective: str,
 
 
 # ---- 9  Evaluation ---------------------------------------------------------------------------------------------------
-
-
 def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
     """Rank, from 1, of target n for query n: (N, D), (N, D) -> (N,). Ties are lost: to say one thing scores nothing."""
     ranks = []
@@ -845,8 +844,6 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 
 
 # ---- 10  Command line ------------------------------------------------------------------------------------------------
-
-
 def write_captions(captioner: Captioner, images: Sequence[Path], config: Decoding) -> Iterator[str | Exception]:
     """For each picture, in order, its caption, or the error that its file gave."""
     for start in tqdm(range(0, len(images), config.batch_size), "caption", disable=None):
@@ -952,25 +949,24 @@ VERBS = {"train": (TrainConfig, train), "caption": (CaptionConfig, caption), "ev
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
-    def error(self, message: str) -> typing.NoReturn:
+    def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def add_flags(parser: argparse.ArgumentParser, cls) -> None:
     """A flag for each field of a configuration; one that is not given parses as None, `configuration` has defaults."""
     for each in dataclasses.fields(cls):
-        limits, flag = each.metadata, "--" + each.name.replace("_", "-")
-        kind = {"int": int, "float": float}.get(each.type.split(" ")[0], str)
+        limits, flag, kind = each.metadata, "--" + each.name.replace("_", "-"), each.type.split(" ")[0]
         toy = f"; on toy {limits['toy']}" if "toy" in limits else ""
         help = limits["help"] + (f" (default: {each.default}{toy})" if each.default or toy else "")
         if "positional" in limits:
             parser.add_argument(each.name, metavar=each.name.upper(), nargs=limits["positional"], help=limits["help"])
-        elif each.type == "bool":
+        elif kind == "bool":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
-        elif "choices" in limits:
-            parser.add_argument(flag, choices=limits["choices"], help=help)
         else:
-            parser.add_argument(flag, type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind], help=help)
+            metavar = None if "choices" in limits else {"int": "N", "float": "X"}.get(kind, "TEXT")
+            convert = {"int": int, "float": float}.get(kind, str)
+            parser.add_argument(flag, type=convert, choices=limits.get("choices"), metavar=metavar, help=help)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

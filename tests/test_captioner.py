@@ -17,7 +17,7 @@ def features(captioner, world):
 def test_pixels_are_what_the_processor_makes(captioner, world):
     pixels = captioner.pixels([example.image for example in world[:2]])
     assert pixels.shape == (2, 3, 32, 32)
-    one = captioner.processor(images=world[1].image, return_tensors="pt").pixel_values
+    one = captioner.image_processor(world[1].image, return_tensors="pt").pixel_values
     torch.testing.assert_close(pixels[1:], one)
 
 
