@@ -105,7 +105,8 @@ class TrainConfig(Decoding):
 class CaptionConfig(Decoding):
     """Write a caption for every picture: path, tab, caption, a line each, on standard output."""
 
-    paths: tuple[str, ...] = option((), "pictures, and folders of pictures", positional="+")
+    paths: tuple[str, ...] = option((), "pictures, folders of pictures, - for a list of them on stdin", positional="+")
+    recursive: bool = option(True, "look into folders within folders")
     beams: int = option(3, "beam search width; 1 decodes greedily", minimum=1)
 
 
@@ -251,16 +252,20 @@ def load_image(image: Path | Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def find_images(paths: Iterable[str]) -> list[Path]:
-    """The pictures named, and those in the folders named, each once, in order. Raises UserError where there is none."""
+def find_images(paths: Iterable[str], recursive: bool = True) -> list[Path]:
+    """The pictures named, and those in the folders named, each once, in order; hidden ones only if they are named."""
     found: dict[Path, None] = {}
     for path in map(Path, paths):
-        if not path.exists():
+        if not os.path.lexists(path):
             raise UserError(f"{path}: no such file or folder")
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        if not inside:
-            raise UserError(f"{path}: no pictures in this folder (looked for {' '.join(SUFFIXES)})")
-        found.update(dict.fromkeys(inside))
+        if not path.is_dir():
+            found[path] = None
+        for folder, inner, names in os.walk(path):  # which does not follow links to folders: they may go in circles
+            inner[:] = sorted(name for name in inner if recursive and not name.startswith("."))
+            pictures = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+            found.update(dict.fromkeys(Path(folder, name) for name in pictures))
+    if not found:
+        raise UserError(f"{', '.join(paths)}: no pictures in this folder (looked for {' '.join(SUFFIXES)})")
     return list(found)
 
 
@@ -878,21 +883,18 @@ def train(config: TrainConfig) -> int:
     training, test = toy_world(config.seed, config.train_size, config.test_size) if toy else split(config)
     if len(training) < config.batch_size:
         raise UserError(f"--batch-size {config.batch_size}: only {len(training)} training examples; give less")
+    loaded = None if toy and not config.captioner else load_models(config)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
     if toy:
         test = write_examples(out / "test", test)
     with open(out / "log.jsonl", "w", encoding="utf-8") as log:
-        if toy and not config.captioner:
-            clip = toy_clip(out / "clip", training, config, log)
-            captioner = toy_captioner(config.seed).to(config.device)
-        else:
-            captioner, clip = load_models(config)
+        captioner, clip = loaded or (toy_captioner(config.seed), toy_clip(out / "clip", training, config, log))
         embeddings = clip.embed_images(load_image(example.image) for example in training)
         torch.manual_seed(config.seed)
         discriminator = Discriminator(embeddings.shape[1]).to(clip.device)
         optimizer = torch.optim.AdamW(discriminator.parameters(), lr=config.discriminator_learning_rate)
-        learner = Learner(captioner, clip, embeddings, discriminator, optimizer)
+        learner = Learner(captioner.to(config.device), clip, embeddings, discriminator, optimizer)
         if config.objective == "rl":
             fit_captioner(learner, training, "tf", config, log)
         images = [example.image for example in test]
@@ -919,7 +921,8 @@ def report(out: Path, config: TrainConfig, test: Sequence[Example], clip: CLIP, 
 
 def caption(config: CaptionConfig) -> int:
     """`distcap caption`: see CaptionConfig."""
-    paths = find_images(config.paths)
+    named = [path for each in config.paths for path in (sys.stdin.read().splitlines() if each == "-" else [each])]
+    paths = find_images(named, config.recursive)
     captioner, _ = load_models(config, with_clip=False)
     failures = []
     for path, written in zip(paths, write_captions(captioner, paths, config)):

@@ -1,6 +1,7 @@
 """Sections 1 and 10: flags, the three verbs, exit codes, one-line errors."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -105,6 +106,19 @@ def test_caption_takes_photographs_and_reports_a_broken_one(run, photographs, ca
     assert distcap.main(["caption", str(photographs), "--captioner", str(run)]) == 1
     streams = capsys.readouterr()
     assert len(streams.out.splitlines()) == 4 and "broken.jpg" in streams.err
+
+
+def test_caption_takes_a_list_on_standard_input(run, monkeypatch, capsys):
+    first, second, *_ = sorted((run / "test").glob("*.png"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{second}\n{first}\n{second}\n"))
+    assert distcap.main(["caption", "-", "--captioner", str(run)]) == 0
+    assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == [str(second), str(first)]
+
+
+def test_a_captioner_that_cannot_load_leaves_no_run_folder(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert distcap.main(["train", "--captioner", str(tmp_path), "--clip", str(tmp_path), "--out", str(out)]) == 2
+    assert "not a checkpoint" in one_line(capsys) and not out.exists()
 
 
 def test_the_script_runs_as_a_command(run):

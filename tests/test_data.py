@@ -179,11 +179,15 @@ def test_broken_pictures_raise(tmp_path):
 
 
 def test_find_images_takes_files_and_folders_in_order_each_once(tmp_path):
-    for name in ("b.JPG", "a.png", "deep/c.webp", "notes.txt"):
+    for name in ("b.JPG", "a.png", "deep/c.webp", "notes.txt", ".hidden.png", ".cache/d.png", "deep/e.TIFF"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "deep" / "round").symlink_to(tmp_path)  # a folder that holds itself
     found = distcap.find_images([str(tmp_path / "b.JPG"), str(tmp_path)])
-    assert [path.name for path in found] == ["b.JPG", "a.png", "c.webp"]
+    assert [path.name for path in found] == ["b.JPG", "a.png", "c.webp", "e.TIFF"]
+    assert [path.name for path in distcap.find_images([str(tmp_path)], recursive=False)] == ["a.png", "b.JPG"]
+    named = distcap.find_images([str(tmp_path / ".hidden.png"), str(tmp_path / "notes.txt")])
+    assert [path.name for path in named] == [".hidden.png", "notes.txt"]  # what is named is meant
 
 
 def test_schedule_covers_every_example_and_never_repeats_one_in_a_batch():
