@@ -27,7 +27,6 @@ Departures from the authors' released scripts, each with its reason where it hap
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import logging
@@ -53,8 +52,8 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, cut to a line, or its name where it says nothing."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
+    """What an error says, cut to a short line, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
 
 
 # ---- 1  Configuration: the only home of a default and of its help text. The command line's flags are made from it. ---
@@ -436,11 +435,9 @@ def local_folder(name: str, inside: str, wanted: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["*.json", "*.txt", "*.safetensors"]
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        return Path(snapshot_download(name, allow_patterns=patterns))
+    try:  # without the Hub, this takes the cache or fails at once; the libraries' own loading retries for a minute
+        weights = "open_clip_*.safetensors" if inside == "clip" else "*.safetensors"
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", weights]))
     except (OSError, HFValidationError) as error:
         raise UserError(f"{name}: not a folder, nor to be had from the Hugging Face Hub ({first_line(error)}); "
                         "give a folder, for instance the runs/toy of `distcap train`") from None  # fmt: skip
@@ -470,9 +467,8 @@ def toy_captioner(seed: int) -> Captioner:
             sep_token_id=tokenizer.sep_token_id, pad_token_id=tokenizer.pad_token_id,
         ),
     )  # fmt: skip
-    return Captioner(
-        BlipForConditionalGeneration(config), BlipImageProcessor(size=dict(height=32, width=32)), tokenizer
-    )
+    image_processor = BlipImageProcessor(size={"height": 32, "width": 32})
+    return Captioner(BlipForConditionalGeneration(config), image_processor, tokenizer)
 
 
 # ---- 4  CLIP: images and captions as unit rows -----------------------------------------------------------------------
@@ -489,20 +485,23 @@ class CLIP:
         """Load an open_clip NAME/TAG, hf-hub:NAME, a folder with open_clip_config.json, or the CLIP of a run folder."""
         import open_clip
 
-        architecture, tag = name, None
-        if Path(name).exists():
-            architecture = f"local-dir:{local_folder(name, 'clip', 'open_clip_config.json')}"
-        elif not name.startswith("hf-hub:"):
-            architecture, _, tag = name.rpartition("/")
-        # weights trained with QuickGELU embed wrongly without it, and open_clip only warns
-        quick = bool(tag and open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))
+        architecture, weights, options = name, None, {}
+        if Path(name).exists() or name.startswith("hf-hub:"):
+            architecture = f"local-dir:{local_folder(name.removeprefix('hf-hub:'), 'clip', 'open_clip_config.json')}"
+        else:
+            architecture, _, weights = name.rpartition("/")
+            known = open_clip.get_pretrained_cfg(architecture, weights)
+            # weights trained with QuickGELU embed wrongly without it, and open_clip only warns
+            options = {"force_quick_gelu": known.get("quick_gelu", False)}
+            options |= {f"image_{each}": known.get(each) for each in ("mean", "std", "interpolation", "resize_mode")}
+            if repository := os.path.dirname(known.get("hf_hub", "")):
+                weights = f"{local_folder(repository, 'clip', 'open_clip_config.json')}/open_clip_model.safetensors"
         try:
-            model, preprocess = open_clip.create_model_from_pretrained(architecture, tag, force_quick_gelu=quick)
+            model, preprocess = open_clip.create_model_from_pretrained(architecture, weights, **options)
             return cls(model, preprocess, open_clip.get_tokenizer(architecture), device)
         except (RuntimeError, OSError, ValueError) as error:
-            raise UserError(
-                f"{name}: cannot load this CLIP ({first_line(error)}); give --clip NAME/TAG or a folder"
-            ) from None
+            reason = first_line(error)
+            raise UserError(f"{name}: cannot load this CLIP ({reason}); give --clip NAME/TAG or a folder") from None
 
     @torch.no_grad()
     def embed_images(self, images: Iterable[Image.Image], batch_size: int = 64) -> Tensor:
@@ -980,7 +979,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add_flags(verbs.add_parser(verb, help=cls.__doc__, description=cls.__doc__), cls)
     values = vars(parser.parse_args(arguments))
     cls, run = VERBS[values.pop("verb")]
-    logging.getLogger().setLevel(logging.ERROR)  # the libraries announce what they load
+    logging.getLogger().setLevel(logging.CRITICAL)  # the libraries announce what they load
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # file names need not be UTF-8

@@ -43,29 +43,47 @@ def test_a_saved_clip_loads_the_same(clip, tmp_path, world):
         "logit_scale"].exp().item())  # fmt: skip
 
 
-def test_openai_weights_get_their_activation(monkeypatch):
+def test_openai_weights_get_their_activation_and_preprocessing(monkeypatch, tmp_path):
     """QuickGELU weights in a GELU model embed wrongly; open_clip only warns."""
+    import huggingface_hub
     import open_clip
 
     asked = {}
 
-    def pretend(name, tag, **options):
-        asked[f"{name}/{tag}"] = options["force_quick_gelu"]
-        raise RuntimeError("no network\nand more lines")
+    def pretend(name, weights, **options):
+        asked[name] = weights, options
+        raise RuntimeError("no such weights\nand more lines")
 
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     monkeypatch.setattr(open_clip, "create_model_from_pretrained", pretend)
-    for name in ("ViT-B-32/openai", "ViT-B-32/laion2b_s34b_b79k"):
-        with pytest.raises(distcap.UserError, match="no network") as caught:
+    for name in ("ViT-B-32/openai", "ViT-B-16/laion2b_s34b_b88k"):
+        with pytest.raises(distcap.UserError, match="no such weights") as caught:
             distcap.CLIP.load(name)
         assert "\n" not in str(caught.value)
-    assert asked == {"ViT-B-32/openai": True, "ViT-B-32/laion2b_s34b_b79k": False}
+    for architecture, quick in (("ViT-B-32", True), ("ViT-B-16", False)):
+        weights, options = asked[architecture]
+        assert weights == f"{tmp_path}/open_clip_model.safetensors" and options["force_quick_gelu"] == quick
+        assert len(options["image_mean"]) == len(options["image_std"]) == 3
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32/no-such-tag", "no-such-model/openai", "neither", "hf-hub:some/model"])
+def test_a_clip_of_the_hub_loads_from_its_snapshot(monkeypatch, clip, world):
+    import huggingface_hub
+
+    folder, asked = clip.tokenizer.tokenizer.name_or_path, []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or folder)
+    again = distcap.CLIP.load("hf-hub:someone/toy")
+    assert asked == ["someone/toy"]
+    assert torch.equal(again.embed_captions([world[0].scene]), clip.embed_captions([world[0].scene]))
+
+
+@pytest.mark.parametrize(
+    "name", ["ViT-B-32/no-such-tag", "no-such-model/openai", "neither", "hf-hub:some/model", "ViT-B-32/openai"]
+)
 def test_an_unknown_clip_is_one_line(name):
     with pytest.raises(distcap.UserError) as caught:
         distcap.CLIP.load(name)
-    assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert name.removeprefix("hf-hub:") in str(caught.value) or "timm/" in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400  # open_clip lists every model it knows
 
 
 def test_a_folder_that_is_no_clip_is_refused(tmp_path):
