@@ -12,22 +12,18 @@ Guided Reinforcement Learning" (arXiv 2402.13936). Equations are numbered as in 
 Read top to bottom: data flows down the file and never back up. Shape letters in comments: B images of a batch,
 C captions of the pool, T tokens, V vocabulary, D embedding width.
 
-Departures from the authors' released scripts, each with its reason where it happens:
- 1. The ground-truth term trains on the ground truth (the scripts weigh the sampled caption a second time).
- 2. Log-probabilities are averaged over real tokens, not over padding.
- 3. Samples are samples: no beam search, no top-k, so that the REINFORCE gradient is unbiased.
- 4. No dropout while sampling and scoring: the policy that is scored is the one that was sampled.
- 5. The contrastive reward masks the scored pair out and takes a log-sum-exp; nothing overflows, nothing is clamped.
- 6. The advantages of samples are centred on the batch's mean reward: less variance, and hardly any bias (1/B).
- 7. A ground-truth caption that loses against its competitors gets weight zero, never a negative one, which would be
-    unlikelihood training of human text.
- 8. Retrieval is not the only measure: the toy world's scenes are known, so a hacked reward shows.
+Departures from the authors' released scripts, each explained where it happens: (1) the ground-truth term trains on the
+ground truth; (2) log-probabilities are averaged over real tokens, not padding; (3) samples are true samples, neither
+beam search nor top-k; (4) no dropout in RL; (5) the contrastive reward masks its own pair out and takes a log-sum-exp,
+which cannot overflow; (6) the samples' advantages are centred, for less variance; (7) a ground truth with a negative
+reward weighs zero, lest human text be unlearned; (8) measures that the reward cannot hack.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -66,12 +62,12 @@ def option(default, help: str, **limits):
 class Decoding:
     """What every verb needs to write a caption."""
 
-    captioner: str | None = option(None, "Hub name or folder of a captioner, or a run folder of `train`")
+    captioner: str | None = option("Salesforce/blip-image-captioning-base", "Hub name, folder or run folder", toy=None)
     clip: str | None = option(None, "open_clip NAME/TAG, hf-hub:NAME, a folder, or a run folder of `train`")
     beams: int = option(1, "beam search width; 1 decodes greedily", minimum=1)
     max_length: int = option(20, "most tokens in a caption", minimum=1)
     batch_size: int = option(64, "pictures per batch", minimum=1)
-    seed: int = option(0, "seed of everything random", minimum=0)
+    seed: int = option(0, "seed of everything random", minimum=0, maximum=2**32 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto")
 
 
@@ -97,7 +93,6 @@ class TrainConfig(Decoding):
     clip_steps: int = option(600, "toy only: steps of CLIP's pretraining", minimum=1)
     train_size: int | None = option(None, "use at most so many training examples", toy=8000, minimum=1)
     test_size: int = option(1000, "examples held out for the table", minimum=1)
-    overwrite: bool = option(False, "replace an earlier run in the same folder")
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ class EvalConfig(Decoding):
 def configuration(cls, values: dict):
     """Make a `cls`; what is not given gets its default. Raises UserError for a number out of its limits."""
     for each in dataclasses.fields(cls):
-        limits, toy = each.metadata, values.get("data") in (None, "toy")
+        limits, toy = each.metadata, cls is TrainConfig and values.get("data") in (None, "toy")
         if values.get(each.name) is None:
             values[each.name] = limits.get("toy", each.default) if toy else each.default
         value = values[each.name]
@@ -227,6 +222,8 @@ def toy_world(seed: int, train_size: int, test_size: int) -> tuple[list[Example]
         f"{first} {relation} {second} on a {background} background"
         for first in nouns for second in nouns for relation in RELATIONS for background in BACKGROUNDS
     ]  # fmt: skip
+    if train_size + test_size > len(scenes):
+        raise UserError(f"--train-size {train_size}: the toy world has {len(scenes)} scenes, test included")
     examples = [
         Example(f"{number:05d}", draw(scene, rng), write_references(scene, rng), scene)
         for number, scene in enumerate(rng.sample(scenes, train_size + test_size))
@@ -238,17 +235,21 @@ SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", "
 
 
 def load_image(image: Path | Image.Image) -> Image.Image:
-    """Any picture as upright RGB: EXIF rotation applied, transparency on white, 16 bits scaled, the first frame."""
-    if isinstance(image, Path):
-        image = Image.open(image)
-        image.load()  # a truncated file fails here, not later
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would clip nearly all of them to white
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    """Any picture as upright RGB: EXIF rotation, transparency on white, 16 bits scaled, first frame; or UserError."""
+    try:
+        picture = Image.open(image) if isinstance(image, Path) else image
+        picture.load()  # a truncated file fails here, not later
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode[0] in "IF":  # 16 bits or more: convert("RGB") would clip nearly all of them to white
+            high = 65535 if picture.mode.startswith("I;16") else picture.convert("F").getextrema()[1]
+            white = 65535 if high > 255 else 255 if high > 1 else 1
+            picture = picture.convert("F").point(lambda value: value * (255 / white) + 0.5).convert("L")
+        if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+    except Exception as error:  # damaged files make Pillow raise all kinds
+        raise UserError(f"{image}: cannot be read ({first_line(error)})") from None
 
 
 def find_images(paths: Iterable[str], recursive: bool = True) -> list[Path]:
@@ -264,39 +265,42 @@ def find_images(paths: Iterable[str], recursive: bool = True) -> list[Path]:
             pictures = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
             found.update(dict.fromkeys(Path(folder, name) for name in pictures))
     if not found:
-        raise UserError(f"{', '.join(paths)}: no pictures in this folder (looked for {' '.join(SUFFIXES)})")
+        raise UserError(f"{', '.join(paths) or '-'}: no pictures in this folder (looked for {' '.join(SUFFIXES)})")
     return list(found)
 
 
 def read_examples(folder: str) -> list[Example]:
-    """Read a folder with metadata.jsonl: a line per picture with `file_name` and `caption`, a string or a list."""
-    table, examples = Path(folder) / "metadata.jsonl", []
+    """Read a folder with metadata.jsonl: lines of `file_name` and `caption`, a string or a list."""
+    table, found = Path(folder) / "metadata.jsonl", {}
     try:
         lines = table.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{table}: {error}; DATA is `toy` or a folder with a metadata.jsonl") from None
+        raise UserError(f"{table}: {first_line(error)}; DATA must be a folder with a metadata.jsonl") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)
-                name, references = row["file_name"], row["caption"]
-                references = (references,) if isinstance(references, str) else tuple(references)
+                name, captions, scene = row["file_name"], row["caption"], row.get("scene")
+                references = (captions,) if isinstance(captions, str) else tuple(captions)
                 if not references or not all(isinstance(each, str) and each.strip() for each in references):
                     raise ValueError("caption must be a text or a list of texts, none empty")
-                examples.append(Example(name, table.parent / name, references, row.get("scene")))
-            except (ValueError, TypeError, KeyError) as error:
+                if not (table.parent / name).is_file():
+                    raise ValueError(f"no such picture: {table.parent / name}")
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise UserError(f"{table}:{number}: not JSON with file_name and caption ({error!r})") from None
-            if not examples[-1].image.is_file():
-                raise UserError(f"{table}:{number}: no such picture: {examples[-1].image}")
-    if not examples:
+            earlier = found[name].references if name in found else ()
+            scene = scene if isinstance(scene, str) and parse(scene) else None
+            found[name] = Example(name, table.parent / name, earlier + references, scene)
+    if not found:
         raise UserError(f"{table}: no examples in it")
-    return examples
+    return list(found.values())
 
 
 def split(config: TrainConfig) -> tuple[list[Example], list[Example]]:
     """Training and test examples from a data set of the user's, shuffled by the seed."""
-    examples = random.Random(config.seed).sample(everything := read_examples(config.data), len(everything))
-    test_size = min(config.test_size, len(examples) // 5)
+    examples = read_examples(config.data)
+    random.Random(config.seed).shuffle(examples)
+    test_size = max(min(config.test_size, len(examples) // 5), 1)
     return examples[test_size:][: config.train_size], examples[:test_size]
 
 
@@ -319,13 +323,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def schedule(examples: Sequence[Example], batch_size: int, steps: int, seed: int) -> Iterator[list[tuple[int, int]]]:
-    """For each step a batch of (index of an example, index of the reference that is its ground truth).
-
-    A batch never crosses into the next epoch, hence never holds a picture twice: Eq. 6 would see a competitor in it.
-    """
+    """For each step a batch of (index of an example, index of the reference that is its ground truth)."""
     rng, order = random.Random(seed), []
     for _ in range(steps):
-        if len(order) < batch_size:
+        if len(order) < batch_size:  # across epochs, a batch might hold a picture twice: its own rival in Eq. 6
             order = rng.sample(range(len(examples)), len(examples))
         batch, order = order[:batch_size], order[batch_size:]
         yield [(index, rng.randrange(len(examples[index].references))) for index in batch]
@@ -339,6 +340,8 @@ class Captioner(nn.Module):
     """
 
     def __init__(self, model: nn.Module, image_processor, tokenizer) -> None:
+        from transformers import GenerationConfig
+
         super().__init__()
         self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
         self.family = model.config.model_type
@@ -346,10 +349,13 @@ class Captioner(nn.Module):
         ids = model.generation_config if encoder_decoder else getattr(model.config, "text_config", model.config)
         self.start = ids.decoder_start_token_id if encoder_decoder else ids.bos_token_id
         self.end, self.pad = ids.sep_token_id if self.family == "blip" else ids.eos_token_id, ids.pad_token_id
+        ids = dict(decoder_start_token_id=self.start, eos_token_id=self.end, pad_token_id=self.pad)
+        writer = model.text_decoder if self.family == "blip" else model
+        writer.generation_config = GenerationConfig(**ids)  # the checkpoint's own settings would bias the samples
 
     @classmethod
-    def load(cls, name: str) -> Captioner:
-        """Load a Hub name, a Hugging Face folder, or the captioner of a run folder, in fp32."""
+    def load(cls, name: str, device: str = "cpu") -> Captioner:
+        """Load a Hub name, a Hugging Face folder, or the captioner of a run folder: fp32, in eval mode."""
         from safetensors import SafetensorError
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
@@ -358,9 +364,14 @@ class Captioner(nn.Module):
             family = json.loads((folder / "config.json").read_text()).get("model_type")
             if family not in (known := ("blip", "vision-encoder-decoder", "git")):
                 raise UserError(f"{name}: a model of type {family}; captioners are of type {', '.join(known)}")
-            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-            return cls(model, AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True
+            )
+            if report["missing_keys"]:
+                raise ValueError(f"it lacks the weights {min(report['missing_keys'])}")
+            parts = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+            return cls(model, *parts).eval().to(device)
+        except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
             raise UserError(f"{name}: cannot load this captioner ({first_line(error)}); is it complete?") from None
 
     def save(self, folder: Path) -> None:
@@ -402,16 +413,10 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def generate(self, features: Tensor, max_length: int, sample: bool = False, beams: int = 1) -> Tensor:
-        """Write a caption per image: tokens (B, T). `sample` draws from p(c|i) itself: no top-k, no top-p.
-
-        Every option is passed, lest the checkpoint's own generation settings bias the samples.
-        """
+        """Write a caption per image: tokens (B, T). `sample` draws from p(c|i) itself: no top-k, no top-p."""
         module, inputs = self.writer(features, torch.full((len(features), 1), self.start, device=self.model.device))
-        return module.generate(
-            **inputs, do_sample=sample, **(dict(top_k=0, top_p=1.0, temperature=1.0) if sample else {}),
-            num_beams=beams, length_penalty=1.0, early_stopping=False, repetition_penalty=1.0, no_repeat_ngram_size=0,
-            min_length=0, max_new_tokens=max_length, eos_token_id=self.end, pad_token_id=self.pad,
-        )  # fmt: skip
+        pure = dict(top_k=0, top_p=1.0, temperature=1.0) if sample else {}
+        return module.generate(**inputs, do_sample=sample, **pure, num_beams=beams, max_new_tokens=max_length)
 
     def log_probs(self, features: Tensor, tokens: Tensor) -> Tensor:
         """log p of each token given those before it, in nats: (B, T - 1). Differentiable; padding is up to `mask`."""
@@ -484,6 +489,7 @@ class CLIP:
     def load(cls, name: str, device: str | torch.device = "cpu") -> CLIP:
         """Load an open_clip NAME/TAG, hf-hub:NAME, a folder with open_clip_config.json, or the CLIP of a run folder."""
         import open_clip
+        from safetensors import SafetensorError
 
         architecture, weights, options = name, None, {}
         if Path(name).exists() or name.startswith("hf-hub:"):
@@ -499,15 +505,15 @@ class CLIP:
         try:
             model, preprocess = open_clip.create_model_from_pretrained(architecture, weights, **options)
             return cls(model, preprocess, open_clip.get_tokenizer(architecture), device)
-        except (RuntimeError, OSError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
             reason = first_line(error)
             raise UserError(f"{name}: cannot load this CLIP ({reason}); give --clip NAME/TAG or a folder") from None
 
     @torch.no_grad()
-    def embed_images(self, images: Iterable[Image.Image], batch_size: int = 64) -> Tensor:
-        """RGB pictures as unit rows (B, D)."""
+    def embed_images(self, images: Iterable[Path | Image.Image], batch_size: int = 64) -> Tensor:
+        """Pictures as unit rows (B, D). Raises UserError for one that cannot be read."""
         rows, images = [], iter(images)
-        while batch := [self.preprocess(image) for _, image in zip(range(batch_size), images)]:
+        while batch := [self.preprocess(load_image(image)) for image in itertools.islice(images, batch_size)]:
             rows.append(self.model.encode_image(torch.stack(batch).to(self.device), normalize=True))
         return torch.cat(rows)
 
@@ -549,18 +555,16 @@ def contrastive_reward(
     exp() and a subtraction, as in the authors' script, overflow.
     """
     logits = logit_scale * caption_embeddings @ image_embeddings.T  # (C, I)
-    captions = torch.arange(len(logits), device=logits.device)
-    own = logits[captions, image_index]  # (C,)
+    own = logits.gather(1, image_index[:, None]).squeeze(1)  # (C,)
 
     def soft_maximum(others: Tensor) -> Tensor:
         value = others.logsumexp(dim=1)
         return torch.where(value.isneginf(), 0.0, value)
 
-    image_to_text = own - soft_maximum(logits.T[image_index].masked_fill(captions[:, None] == captions, -torch.inf))
-    images = torch.arange(len(image_embeddings), device=logits.device)
-    text_to_image = own - soft_maximum(logits.masked_fill(image_index[:, None] == images, -torch.inf))
-    halves = {"image-to-text": image_to_text, "text-to-image": text_to_image}
-    return halves.get(direction, (image_to_text + text_to_image) / 2) / logit_scale
+    image_to_text = own - soft_maximum(logits.T[image_index].fill_diagonal_(-torch.inf))
+    text_to_image = own - soft_maximum(logits.scatter(1, image_index[:, None], -torch.inf))
+    both = (image_to_text + text_to_image) / 2
+    return {"both": both, "image-to-text": image_to_text, "text-to-image": text_to_image}[direction] / logit_scale
 
 
 def mixed_reward(similarity: Tensor, regularizer: Tensor, similarity_weight: float) -> Tensor:
@@ -625,19 +629,11 @@ def ground_truth_loss(log_probs: Tensor, mask: Tensor, advantages: Tensor) -> Te
 
 
 # ---- 8  Training -----------------------------------------------------------------------------------------------------
-Batch = tuple[list[int], list[str], Tensor]  # indices of B examples, a ground truth each, pixels (B, 3, H, W)
-
-
-class Batches(torch.utils.data.Dataset):
-    """Examples, indexed by a batch of the schedule: a DataLoader reads whole batches, in other processes if asked."""
-
-    def __init__(self, examples: Sequence[Example], captioner: Captioner) -> None:
-        self.examples, self.pixels = examples, captioner.pixels
-
-    def __getitem__(self, batch: Sequence[tuple[int, int]]) -> Batch:
-        chosen = [self.examples[index] for index, _ in batch]
-        ground_truth = [example.references[reference] for example, (_, reference) in zip(chosen, batch)]
-        return [index for index, _ in batch], ground_truth, self.pixels([load_image(each.image) for each in chosen])
+def read_batch(batch: Sequence[tuple[int, int]], examples: Sequence[Example], captioner: Captioner) -> tuple:
+    """A batch of the schedule as (indices of B examples, a ground-truth caption each, pixels (B, 3, H, W))."""
+    ground_truth = [examples[index].references[reference] for index, reference in batch]
+    pixels = captioner.pixels([load_image(examples[index].image) for index, _ in batch])
+    return [index for index, _ in batch], ground_truth, pixels
 
 
 @dataclass
@@ -651,15 +647,14 @@ class Learner:
     discriminator_optimizer: torch.optim.Optimizer
 
 
-def teacher_forcing_step(learner: Learner, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, float]]:
+def teacher_forcing_step(learner: Learner, batch: tuple, config: TrainConfig) -> tuple[Tensor, dict[str, float]]:
     """The loss of Eq. 1 on a batch, and what to log."""
     captioner, (_, ground_truth, pixels) = learner.captioner, batch
     tokens = captioner.tokenize(ground_truth, config.max_length)
-    loss = teacher_forcing_loss(captioner.log_probs(captioner.encode(pixels), tokens), captioner.mask(tokens))
-    return loss, {}
+    return teacher_forcing_loss(captioner.log_probs(captioner.encode(pixels), tokens), captioner.mask(tokens)), {}
 
 
-def reinforce_step(learner: Learner, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, float]]:
+def reinforce_step(learner: Learner, batch: tuple, config: TrainConfig) -> tuple[Tensor, dict[str, float]]:
     """The loss of Eq. 2-6 on a batch, and what to log. Also takes the discriminator's step."""
     captioner, (indices, ground_truth, pixels) = learner.captioner, batch
     features = captioner.encode(pixels)  # (B, N, H): once, for all that follows
@@ -674,7 +669,7 @@ def reinforce_step(learner: Learner, batch: Batch, config: TrainConfig) -> tuple
     if config.baseline == "greedy":
         advantages = self_critical_advantages(sampled_rewards, greedy_rewards)
         ground_truth_advantages = self_critical_advantages(ground_truth_rewards, greedy_rewards)
-    else:  # Eq. 6 has its baseline inside: the ground truth's reward is how far it beats the strongest competitors
+    else:  # Eq. 6 has its baseline inside: the ground truth's reward says how far it beats its competitors
         advantages, ground_truth_advantages = centred_advantages(sampled_rewards), ground_truth_rewards
 
     rows = [*sampled, *captioner.tokenize(ground_truth, config.max_length)]
@@ -765,22 +760,21 @@ def fit_captioner(learner: Learner, examples: Sequence[Example], objective: str,
         "tf": (teacher_forcing_step, config.tf_steps, config.tf_learning_rate),
         "rl": (reinforce_step, config.steps, config.learning_rate),
     }[objective]
-    order = list(schedule(examples, config.batch_size, steps, config.seed))
-    batches = torch.utils.data.DataLoader(Batches(examples, learner.captioner), sampler=order, batch_size=None)
     learner.captioner.train(objective == "tf")  # in RL no dropout: score the policy that was sampled
-    fit(objective, learner.captioner, lambda batch: step(learner, batch, config), batches, learning_rate, config, log)
+    batches = list(schedule(examples, config.batch_size, steps, config.seed))
+
+    def read_and_step(batch: Sequence[tuple[int, int]]) -> tuple[Tensor, dict[str, float]]:
+        return step(learner, read_batch(batch, examples, learner.captioner), config)
+
+    fit(objective, learner.captioner, read_and_step, batches, learning_rate, config, log)
     learner.captioner.eval()
 
 
 # ---- 9  Evaluation ---------------------------------------------------------------------------------------------------
-def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
+def retrieval_ranks(queries: Tensor, targets: Tensor) -> Tensor:
     """Rank, from 1, of target n for query n: (N, D), (N, D) -> (N,). Ties are lost: to say one thing scores nothing."""
-    ranks = []
-    for start in range(0, len(queries), chunk):
-        similarity = queries[start : start + chunk] @ targets.T  # (chunk, N)
-        own = similarity.diagonal(offset=start)[:, None]
-        ranks.append((similarity >= own - 1e-6).sum(dim=1))  # counts the target itself: rank 1 is the best
-    return torch.cat(ranks)
+    similarity = queries @ targets.T  # (N, N)
+    return (similarity >= similarity.diagonal()[:, None] - 1e-6).sum(dim=1)  # counts the target itself
 
 
 def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor) -> dict[str, float]:
@@ -823,13 +817,9 @@ def toy_measures(captions: Sequence[str], scenes: Sequence[str]) -> dict[str, fl
     }
 
 
-def evaluate(captions: Sequence[str | Exception], examples: Sequence[Example], clip: CLIP) -> dict[str, float]:
-    """All the measures of captions[n] for examples[n]. Raises UserError for a picture that could not be read."""
-    for example, caption in zip(examples, captions):
-        if isinstance(caption, Exception):
-            raise UserError(f"{example.image}: cannot be read ({caption}); mend or remove it")
-    image_embeddings = clip.embed_images(load_image(example.image) for example in examples)
-    measures = retrieval(clip.embed_captions(captions), image_embeddings)
+def evaluate(captions: Sequence[str], examples: Sequence[Example], clip: CLIP, images: Tensor) -> dict[str, float]:
+    """All the measures of captions[n] for examples[n], whose CLIP embeddings are images[n]: (N, D)."""
+    measures = retrieval(clip.embed_captions(captions), images)
     measures |= ngram_metrics(captions, [example.references for example in examples])
     measures["mean_length"] = statistics.fmean(len(caption.split()) for caption in captions)
     measures["distinct"] = len(set(captions)) / len(captions)
@@ -843,7 +833,8 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     rows = [("", *columns)]
     for name in next(iter(columns.values())):
         share = "R@" in name or name in ("well_formed", "faithful", "distinct")
-        rows.append((name, *(f"{column[name]:.1%}" if share else f"{column[name]:.3g}" for column in columns.values())))
+        form = "{:.1%}" if share else "{:,.0f}" if "rank" in name else "{:.3f}"
+        rows.append((name, *(form.format(column[name]) for column in columns.values())))
     return "\n".join(f"{name:26}" + "".join(f"{value:>10}" for value in values) for name, *values in rows)
 
 
@@ -855,7 +846,7 @@ def write_captions(captioner: Captioner, images: Sequence[Path], config: Decodin
         for image in images[start : start + config.batch_size]:
             try:
                 loaded.append(load_image(image))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except UserError as error:
                 loaded.append(error)
         captions = iter(())
         if good := [image for image in loaded if isinstance(image, Image.Image)]:
@@ -865,83 +856,89 @@ def write_captions(captioner: Captioner, images: Sequence[Path], config: Decodin
         yield from (image if isinstance(image, Exception) else next(captions) for image in loaded)
 
 
-def load_models(config: Decoding, with_clip: bool = True) -> tuple[Captioner, CLIP | None]:
-    """The captioner and the CLIP that the flags name. A captioner's run folder also brings its CLIP."""
-    name = config.captioner or "Salesforce/blip-image-captioning-base"
-    clip = config.clip or (name if (Path(name) / "clip").is_dir() else "ViT-B-32/openai")
-    captioner = Captioner.load(name).eval().to(config.device)
-    return captioner, CLIP.load(clip, config.device) if with_clip else None
+def clip_name(config: Decoding) -> str:
+    """The CLIP that the flags name; else the one that the captioner's run learned with; else the usual one."""
+    run = Path(config.captioner or "")
+    if not config.clip and (run / "captioner").is_dir():
+        return json.loads((run / "config.json").read_text())["clip"] or str(run)
+    return config.clip or "ViT-B-32/openai"
 
 
 def train(config: TrainConfig) -> int:
     """`distcap train`: see TrainConfig."""
-    out = Path(config.out or f"runs/{Path(config.data).name}")
-    if out.exists() and not config.overwrite:
-        raise UserError(f"{out}: is there already; give another folder with --out, or --overwrite")
-    toy = config.data == "toy"
+    out, toy = Path(config.out or f"runs/{Path(config.data).resolve().name}"), config.data == "toy"
+    if out.exists():
+        raise UserError(f"{out}: is there already; remove it, or give another folder with --out")
+    if config.objective == "tf" and not config.tf_steps:
+        raise UserError("--objective tf --tf-steps 0: nothing to train; give --tf-steps")
+    if toy and config.clip and not config.captioner:
+        raise UserError(f"--clip {config.clip}: the toy world trains its own, unless --captioner is given too")
     training, test = toy_world(config.seed, config.train_size, config.test_size) if toy else split(config)
     if len(training) < config.batch_size:
         raise UserError(f"--batch-size {config.batch_size}: only {len(training)} training examples; give less")
-    loaded = None if toy and not config.captioner else load_models(config)
+    if config.captioner:
+        config = dataclasses.replace(config, clip=clip_name(config))
+        captioner, clip = Captioner.load(config.captioner, config.device), CLIP.load(config.clip, config.device)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
     if toy:
         test = write_examples(out / "test", test)
     with open(out / "log.jsonl", "w", encoding="utf-8") as log:
-        captioner, clip = loaded or (toy_captioner(config.seed), toy_clip(out / "clip", training, config, log))
-        embeddings = clip.embed_images(load_image(example.image) for example in training)
+        if not config.captioner:
+            captioner = toy_captioner(config.seed).to(config.device)
+            clip = toy_clip(out / "clip", training, config, log)
+        images = [example.image for example in test]
+        embeddings, test_embeddings = clip.embed_images(each.image for each in training), clip.embed_images(images)
         torch.manual_seed(config.seed)
         discriminator = Discriminator(embeddings.shape[1]).to(clip.device)
         optimizer = torch.optim.AdamW(discriminator.parameters(), lr=config.discriminator_learning_rate)
-        learner = Learner(captioner.to(config.device), clip, embeddings, discriminator, optimizer)
+        learner = Learner(captioner, clip, embeddings, discriminator, optimizer)
         if config.objective == "rl":
             fit_captioner(learner, training, "tf", config, log)
-        images = [example.image for example in test]
-        before = list(write_captions(captioner, images, config))
+        captions = {"before": list(write_captions(captioner, images, config))}
         fit_captioner(learner, training, config.objective, config, log)
     captioner.save(out / "captioner")
-    after = list(write_captions(captioner, images, config))
-    report(out, config, test, clip, before, after)
-    return 0
-
-
-def report(out: Path, config: TrainConfig, test: Sequence[Example], clip: CLIP, before: list, after: list) -> None:
-    """Measure the captions before and after, save results.json, and print the table and a few pictures' captions."""
-    measured = {"before": evaluate(before, test, clip), "after": evaluate(after, test, clip)}
+    captions["after"] = list(write_captions(captioner, images, config))
+    measured = {row: evaluate(captions[row], test, clip, test_embeddings) for row in captions}
     about = dict(split="test", images=len(test), seed=config.seed, beams=config.beams, max_length=config.max_length)
     packages = {name: version(name) for name in ("torch", "transformers", "open_clip_torch", "pycocoevalcap")}
-    rows = list(zip([example.image_id for example in test], before, after))[:6]
-    shown = [dict(zip(("file_name", "before", "after"), row)) for row in rows]
+    rows = list(zip((example.image_id for example in test), *captions.values()))[:6]
+    shown = [dict(zip(("file_name", *captions), row)) for row in rows]
     write_text(out / "results.json", json.dumps(measured | about | {"versions": packages, "captions": shown}, indent=2))
     print(table(measured))
-    for row in rows:
-        print("\n{}\n  before  {}\n  after   {}".format(*row))
+    for row in shown:
+        print("\n{file_name}\n  before  {before}\n  after   {after}".format_map(row))
+    return 0
 
 
 def caption(config: CaptionConfig) -> int:
     """`distcap caption`: see CaptionConfig."""
-    named = [path for each in config.paths for path in (sys.stdin.read().splitlines() if each == "-" else [each])]
+    listed = sys.stdin.read().split("\n") if "-" in config.paths else []
+    named = [path for path in (*config.paths, *listed) if path not in ("-", "")]
     paths = find_images(named, config.recursive)
-    captioner, _ = load_models(config, with_clip=False)
-    failures = []
+    captioner, failures = Captioner.load(config.captioner, config.device), []
     for path, written in zip(paths, write_captions(captioner, paths, config)):
         if isinstance(written, Exception):
-            failures.append(f"{path}: {first_line(written)}")
+            failures.append(written)
         else:
             print(path, written, sep="\t", flush=True)
     for failure in failures:
-        print(f"distcap: no caption for {failure}", file=sys.stderr)
+        print(f"distcap: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
 def evaluate_command(config: EvalConfig) -> int:
     """`distcap eval`: see EvalConfig."""
     examples = read_examples(config.data)
-    captioner, clip = load_models(config)
-    measures = evaluate(list(write_captions(captioner, [each.image for each in examples], config)), examples, clip)
+    if config.out and not Path(config.out).parent.is_dir():
+        raise UserError(f"--out {config.out}: the folder {Path(config.out).parent} is not there; make it first")
+    captioner, clip = Captioner.load(config.captioner, config.device), CLIP.load(clip_name(config), config.device)
+    images = [example.image for example in examples]
+    embeddings, captions = clip.embed_images(images), list(write_captions(captioner, images, config))
+    measures = evaluate(captions, examples, clip, embeddings)
+    print(table({Path(config.data).resolve().name: measures}))
     if config.out:
         write_text(Path(config.out), json.dumps(measures, indent=2))
-    print(table({Path(config.data).name: measures}))
     return 0
 
 
@@ -959,8 +956,9 @@ def add_flags(parser: argparse.ArgumentParser, cls) -> None:
     """A flag for each field of a configuration; one that is not given parses as None, `configuration` has defaults."""
     for each in dataclasses.fields(cls):
         limits, flag, kind = each.metadata, "--" + each.name.replace("_", "-"), each.type.split(" ")[0]
-        toy = f"; on toy {limits['toy']}" if "toy" in limits else ""
-        help = limits["help"] + (f" (default: {each.default}{toy})" if each.default or toy else "")
+        toy = f"; on toy {limits['toy'] or 'its own'}" if "toy" in limits else ""
+        default = f" (default: {each.default}{toy})" if toy or each.default not in (None, "", ()) else ""
+        help = limits["help"] + default
         if "positional" in limits:
             parser.add_argument(each.name, metavar=each.name.upper(), nargs=limits["positional"], help=limits["help"])
         elif kind == "bool":
@@ -980,9 +978,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     values = vars(parser.parse_args(arguments))
     cls, run = VERBS[values.pop("verb")]
     logging.getLogger().setLevel(logging.CRITICAL)  # the libraries announce what they load
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # file names need not be UTF-8
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        # file names need not be UTF-8; a notebook's streams cannot change
+        getattr(stream, "reconfigure", dict)(encoding="utf-8", errors="surrogateescape")
     try:
         return run(configuration(cls, values))
     except UserError as error:

@@ -10,6 +10,7 @@ runs are kept: an interrupted command picks up where it stopped.
 import argparse
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -37,10 +38,11 @@ def measures(row: str, seed: int, out: Path, extra: list[str]) -> dict[str, floa
     start = out / f"seed{seed}-start"
     folder = start if ROWS[row] is None else out / f"seed{seed}-{list(ROWS).index(row)}"
     if not (folder / "results.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
         flags = ["--objective", "tf"] if ROWS[row] is None else [
             "--captioner", str(start), "--clip", str(start), "--tf-steps", "0", *ROWS[row]
         ]  # fmt: skip
-        status = distcap.main(["train", "--seed", str(seed), "--out", str(folder), "--overwrite", *flags, *extra])
+        status = distcap.main(["train", "--seed", str(seed), "--out", str(folder), *flags, *extra])
         assert status == 0, f"{row}, seed {seed}: exit {status}"
     return json.loads((folder / "results.json").read_text())["after"]
 

@@ -95,10 +95,13 @@ def test_log_probs_of_samples_equal_those_of_generate(captioner, features, monke
 def test_a_checkpoint_with_other_generation_settings_samples_the_same(captioner, features, monkeypatch):
     torch.manual_seed(3)
     plain = captioner.generate(features, 20, sample=True)
-    for setting, value in (("top_k", 3), ("temperature", 0.1), ("max_length", 5), ("num_beams", 4)):
+    settings = dict(top_k=3, temperature=0.1, min_p=0.3, num_beams=4, min_new_tokens=9, suppress_tokens=[7, 8, 9],
+                    num_return_sequences=2, repetition_penalty=3.0, no_repeat_ngram_size=1)  # fmt: skip
+    for setting, value in settings.items():
         monkeypatch.setattr(captioner.model.text_decoder.generation_config, setting, value)
+    again = distcap.Captioner(captioner.model, captioner.image_processor, captioner.tokenizer)
     torch.manual_seed(3)
-    assert torch.equal(captioner.generate(features, 20, sample=True), plain)
+    assert torch.equal(again.generate(features, 20, sample=True), plain)
 
 
 def test_samples_vary_and_greedy_captions_do_not(captioner, features):
@@ -141,11 +144,25 @@ def test_checkpoint_round_trip_is_an_ordinary_folder(captioner, features, tmp_pa
     assert captioner.decode(theirs) == captioner.decode(ours)
 
 
+def test_weights_that_are_missing_are_not_made_up(captioner, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    captioner.save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "crossattention" not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(distcap.UserError, match="lacks the weights"):
+        distcap.Captioner.load(str(tmp_path))
+
+
 def test_loading_explains_what_is_wrong(tmp_path):
     with pytest.raises(distcap.UserError, match="not a checkpoint"):
         distcap.Captioner.load(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(distcap.UserError, match="gpt2"):
+        distcap.Captioner.load(str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(distcap.UserError, match="cannot load"):
         distcap.Captioner.load(str(tmp_path))
     with pytest.raises(distcap.UserError, match="Hub"):
         distcap.Captioner.load("someone/no-such-captioner")

@@ -86,6 +86,16 @@ def test_an_unknown_clip_is_one_line(name):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400  # open_clip lists every model it knows
 
 
+def test_a_clip_cut_short_is_one_line(clip, tmp_path):
+    import shutil
+
+    shutil.copytree(clip.tokenizer.tokenizer.name_or_path, tmp_path / "clip")
+    weights = tmp_path / "clip/open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(distcap.UserError, match="cannot load this CLIP"):
+        distcap.CLIP.load(str(tmp_path))
+
+
 def test_a_folder_that_is_no_clip_is_refused(tmp_path):
     with pytest.raises(distcap.UserError, match="not a checkpoint"):
         distcap.CLIP.load(str(tmp_path))

@@ -80,7 +80,7 @@ def test_train_continues_from_a_run_with_any_objective(run, tmp_path):
              "--train-size", "64", "--test-size", "6", "--device", "cpu"]  # fmt: skip
     for number, objective in enumerate((
         ["--baseline", "greedy", "--similarity-weight", "1", "--ground-truth-weight", "0"],
-        ["--direction", "image-to-text"], ["--sampled-weight", "0"], ["--objective", "tf"],
+        ["--direction", "image-to-text"], ["--sampled-weight", "0"], ["--objective", "tf", "--tf-steps", "1"],
     )):  # fmt: skip
         assert distcap.main(["train", *flags, *objective, "--out", str(tmp_path / str(number))]) == 0
 
@@ -110,9 +110,35 @@ def test_caption_takes_photographs_and_reports_a_broken_one(run, photographs, ca
 
 def test_caption_takes_a_list_on_standard_input(run, monkeypatch, capsys):
     first, second, *_ = sorted((run / "test").glob("*.png"))
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{second}\n{first}\n{second}\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{second}\n\n{first}\n{second}\n"))
     assert distcap.main(["caption", "-", "--captioner", str(run)]) == 0
     assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == [str(second), str(first)]
+
+
+def test_eval_of_a_continued_run_measures_with_the_clip_it_learned_with(run, tmp_path):
+    out, measures = tmp_path / "run", tmp_path / "measures.json"
+    flags = ["--captioner", str(run), "--tf-steps", "0", "--steps", "1", "--batch-size", "8", "--train-size", "32"]
+    assert distcap.main(["train", *flags, "--test-size", "6", "--device", "cpu", "--out", str(out)]) == 0
+    assert not (out / "clip").exists()
+    assert distcap.main(["eval", str(out / "test"), "--captioner", str(out), "--out", str(measures)]) == 0
+    assert json.loads(measures.read_text()) == json.loads((out / "results.json").read_text())["after"]
+
+
+def test_eval_checks_where_it_is_to_write_first(run, tmp_path, monkeypatch, capsys):
+    forbid_models(monkeypatch)
+    assert distcap.main(["eval", str(run / "test"), "--captioner", str(run), "--out", str(tmp_path / "no/x.json")]) == 2
+    assert "make it first" in one_line(capsys)
+
+
+def test_a_broken_training_picture_is_one_line(run, tmp_path, capsys):
+    rows = [json.dumps({"file_name": f"{n}.png", "caption": "two shapes"}) for n in range(10)]
+    for n in range(10):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{n}.png")
+    (tmp_path / "3.png").write_text("no picture")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    flags = ["--captioner", str(run), "--batch-size", "2", "--steps", "1", "--out", str(tmp_path / "run")]
+    assert distcap.main(["train", str(tmp_path), *flags]) == 2
+    assert "3.png: cannot be read" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_captioner_that_cannot_load_leaves_no_run_folder(tmp_path, capsys):
@@ -148,6 +174,10 @@ def test_a_reader_that_has_seen_enough_ends_caption_quietly(run):
         (["train", "--objective", "ppo"], "'rl', 'tf'"),
         (["train", "--batch-size", "100", "--train-size", "50"], "--batch-size 100: only 50 training examples"),
         (["train", "--device", "warp"], "--device warp"),
+        (["train", "--clip", "x"], "--clip x"),
+        (["train", "--train-size", "60000"], "--train-size 60000"),
+        (["train", "--objective", "tf", "--tf-steps", "0"], "nothing to train"),
+        (["train", "--seed", "100000000000000"], "--seed"),
         (["train", "nowhere"], "nowhere"),
         (["caption"], "PATHS"),
         (["caption", "nowhere"], "nowhere: no such file or folder"),
@@ -171,7 +201,7 @@ def test_mistakes_are_one_line_and_exit_2_before_any_model_loads(arguments, want
 def test_a_run_is_not_overwritten_by_mistake(run, capsys):
     before = (run / "results.json").read_bytes()
     assert distcap.main(["train", "--out", str(run)]) == 2
-    assert "--overwrite" in one_line(capsys) and (run / "results.json").read_bytes() == before
+    assert "--out" in one_line(capsys) and (run / "results.json").read_bytes() == before
 
 
 def test_what_is_no_checkpoint_is_one_line(run, tmp_path, capsys):

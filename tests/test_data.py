@@ -100,10 +100,17 @@ def write_metadata(folder, *lines):
 
 
 def test_metadata_captions_are_a_string_or_a_list(tmp_path):
-    rows = [{"file_name": "a.png", "caption": "a dog\u2028runs"}, {"file_name": "a.png", "caption": ["x", "y"]}]
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    rows = [{"file_name": "a.png", "caption": "a dog\u2028runs"}, {"file_name": "b.png", "caption": ["x", "y"]},
+            {"file_name": "a.png", "caption": "again", "scene": "kitchen"}]  # fmt: skip
     read = distcap.read_examples(write_metadata(tmp_path, *(json.dumps(row, ensure_ascii=False) for row in rows), ""))
-    assert [example.references for example in read] == [("a dog\u2028runs",), ("x", "y")]
-    assert read[0].image == tmp_path / "a.png" and read[0].scene is None
+    assert [example.references for example in read] == [("a dog\u2028runs", "again"), ("x", "y")]  # a picture, once
+    assert read[0].image == tmp_path / "a.png" and read[0].scene is None  # a scene is one of the toy world or none
+
+
+def test_toy_world_says_when_it_runs_out_of_scenes():
+    with pytest.raises(distcap.UserError, match="51200 scenes"):
+        distcap.toy_world(0, 51_000, 1_000)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +133,7 @@ def test_a_bad_line_of_metadata_is_named(tmp_path, line, complaint):
 
 
 def test_a_data_set_without_metadata_or_without_lines_is_refused(tmp_path):
-    with pytest.raises(distcap.UserError, match="DATA is"):
+    with pytest.raises(distcap.UserError, match="DATA must be"):
         distcap.read_examples(str(tmp_path / "nowhere"))
     with pytest.raises(distcap.UserError, match="no examples"):
         distcap.read_examples(write_metadata(tmp_path))
@@ -157,6 +164,13 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert abs(grey - numpy.arange(256)).max() <= 1
 
 
+def test_small_values_in_deep_pictures_are_not_black():
+    for mode, value in (("I", 200), ("F", 200.0), ("F", 0.8), ("I", 1)):
+        picture = Image.new(mode, (4, 4), value)
+        assert distcap.load_image(picture).getpixel((0, 0))[0] >= 200
+    assert distcap.load_image(Image.new("I;16", (4, 4), 200)).getpixel((0, 0))[0] <= 1  # 16 bits say what white is
+
+
 def test_transparency_is_white_and_exif_rotation_is_applied(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert distcap.load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
@@ -174,7 +188,7 @@ def test_broken_pictures_raise(tmp_path):
     (tmp_path / "truncated.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
     (tmp_path / "text.jpg").write_text("not a picture")
     for name in ("truncated.jpg", "text.jpg", "missing.jpg"):
-        with pytest.raises(OSError):
+        with pytest.raises(distcap.UserError, match=f"{name}: cannot be read"):
             distcap.load_image(tmp_path / name)
 
 

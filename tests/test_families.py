@@ -125,7 +125,6 @@ def test_log_probs_of_samples_equal_those_of_generate(captioner, features, monke
         return seen["sequences"]
 
     monkeypatch.setattr(module, "generate", spy)
-    monkeypatch.setattr(module.generation_config, "top_k", 2)
     tokens = captioner.generate(features, 12, sample=True)
     mask = captioner.mask(tokens)
     assert mask.sum() > 12

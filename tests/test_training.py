@@ -20,7 +20,7 @@ def learner(world, clip):
 
 @pytest.fixture
 def batch(world, learner):
-    return distcap.Batches(world, learner.captioner)[[(3, 0), (7, 4), (11, 2), (19, 1)]]
+    return distcap.read_batch([(3, 0), (7, 4), (11, 2), (19, 1)], world, learner.captioner)
 
 
 def configure(**values):
@@ -67,6 +67,26 @@ def test_the_terms_of_the_step_add_up(learner, batch):
     assert sampled.abs().sum() > 0 and ground_truth.abs().sum() > 0
     torch.testing.assert_close(part(), sampled + ground_truth, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(part(sampled_weight=2.0), 2 * sampled + ground_truth, atol=1e-5, rtol=1e-4)
+
+
+def test_every_caption_gets_its_own_advantage(learner, batch, monkeypatch):
+    """The pool is (sampled, ground truth, greedy), and each third goes where it belongs, for either baseline."""
+    seen = {}
+    rewards = torch.tensor([1.0, 2, 3, 6, 10, 20, 30, 40, 0.5, 0.5, 0.5, 0.5])
+    monkeypatch.setattr(distcap, "pool_rewards", lambda *_: (rewards, 0.5))
+    for name in ("reinforce_loss", "ground_truth_loss"):
+
+        def spy(log_probs, mask, advantages, name=name):
+            seen[name] = advantages.tolist(), mask.sum(dim=1).tolist()
+            return log_probs.sum()
+
+        monkeypatch.setattr(distcap, name, spy)
+    lengths = learner.captioner.mask(learner.captioner.tokenize(batch[1], 20)).sum(dim=1).tolist()
+    distcap.reinforce_step(learner, batch, configure())
+    assert seen["reinforce_loss"][0] == [-2, -1, 0, 3] and seen["ground_truth_loss"] == ([10, 20, 30, 40], lengths)
+    distcap.reinforce_step(learner, batch, configure(baseline="greedy"))
+    assert seen["reinforce_loss"][0] == [0.5, 1.5, 2.5, 5.5]
+    assert seen["ground_truth_loss"] == ([9.5, 19.5, 29.5, 39.5], lengths)
 
 
 def test_only_the_right_networks_change(learner, batch):
@@ -139,7 +159,7 @@ def test_teacher_forcing_learns(learner, world):
 
 def test_reinforcement_raises_the_mean_reward(run, world):
     """From the captioner of a short run: the samples' mean reward of the last steps beats that of the first."""
-    captioner, clip = distcap.Captioner.load(str(run)).eval(), distcap.CLIP.load(str(run))
+    captioner, clip = distcap.Captioner.load(str(run)), distcap.CLIP.load(str(run))
     training = distcap.toy_world(0, 300, 40)[0]
     embeddings = clip.embed_images(example.image for example in training)
     discriminator = distcap.Discriminator(96)
