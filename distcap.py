@@ -114,8 +114,9 @@ class EvalConfig(Decoding):
 
 def configuration(cls, values: dict):
     """Make a `cls`; what is not given gets its default. Raises UserError for a number out of its limits."""
+    toy = cls is TrainConfig and values.get("data") in (None, "toy")
     for each in dataclasses.fields(cls):
-        limits, toy = each.metadata, cls is TrainConfig and values.get("data") in (None, "toy")
+        limits = each.metadata
         if values.get(each.name) is None:
             values[each.name] = limits.get("toy", each.default) if toy else each.default
         value = values[each.name]
@@ -723,7 +724,8 @@ def fit(stage: str, model: nn.Module, step: Callable, batches, learning_rate: fl
         optimizer.step()
         cycle.step()
         log.write(json.dumps({"stage": stage, "step": number, "loss": loss.item(), **record}) + "\n")
-        bar.set_postfix({name: f"{record[name]:.3f}" for name in ("reward",) if name in record})
+        if "reward" in record:
+            bar.set_postfix(reward=f"{record['reward']:.3f}")
 
 
 def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, log, width: int = 96) -> CLIP:
@@ -798,9 +800,11 @@ def ngram_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]) 
 
     written = {number: words([caption]) for number, caption in enumerate(captions)}
     human = {number: words(each) for number, each in enumerate(references)}
-    bleu, rouge, cider = (scorer.compute_score(human, written, **quiet)[0]
-                          for scorer, quiet in ((Bleu(4), {"verbose": 0}), (Rouge(), {}), (Cider(), {})))  # fmt: skip
-    return {"bleu_4": float(bleu[3]), "rouge_l": float(rouge), "cider": float(cider)}
+    return {
+        "bleu_4": float(Bleu(4).compute_score(human, written, verbose=0)[0][3]),
+        "rouge_l": float(Rouge().compute_score(human, written)[0]),
+        "cider": float(Cider().compute_score(human, written)[0]),
+    }
 
 
 def toy_measures(captions: Sequence[str], scenes: Sequence[str]) -> dict[str, float]:
@@ -858,7 +862,7 @@ def write_captions(captioner: Captioner, images: Sequence[Path], config: Decodin
 
 def clip_name(config: Decoding) -> str:
     """The CLIP that the flags name; else the one that the captioner's run learned with; else the usual one."""
-    run = Path(config.captioner or "")
+    run = Path(config.captioner)
     if not config.clip and (run / "captioner").is_dir():
         return json.loads((run / "config.json").read_text())["clip"] or str(run)
     return config.clip or "ViT-B-32/openai"
