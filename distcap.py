@@ -22,15 +22,18 @@ reward weighs zero, lest human text be unlearned; (8) measures that the reward c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -47,9 +50,16 @@ class UserError(Exception):
     """A mistake of the user's: the message names the file, flag or value and the remedy. The command exits with 2."""
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, cut to a short line, or its name where it says nothing."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+@contextlib.contextmanager
+def explain(what: str, remedy: str = "") -> Iterator[None]:
+    """Turn any error within into a UserError of one line: what it is about, what the error says, the remedy."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # damaged files make libraries raise all kinds
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        raise UserError(f"{what} ({reason}){remedy}") from None
 
 
 # ---- 1  Configuration: the only home of a default and of its help text. The command line's flags are made from it. ---
@@ -64,6 +74,9 @@ class Decoding:
 
     captioner: str | None = option("Salesforce/blip-image-captioning-base", "Hub name, folder or run folder", toy=None)
     clip: str | None = option(None, "open_clip NAME/TAG, hf-hub:NAME, a folder, or a run folder of `train`")
+    prompt: str | None = option(
+        None, "words that captions continue (default: as trained; else, of a BLIP, a picture of)"
+    )
     beams: int = option(1, "beam search width; 1 decodes greedily", minimum=1)
     max_length: int = option(20, "most tokens in a caption", minimum=1)
     batch_size: int = option(64, "pictures per batch", minimum=1)
@@ -78,8 +91,7 @@ class TrainConfig(Decoding):
     data: str = option("toy", "toy (the built-in world), or a folder with metadata.jsonl", positional="?")
     out: str | None = option(None, "run folder (default: runs/<name of data>)")
     objective: str = option("rl", "rl: Eq. 2-6 after teacher forcing; tf: teacher forcing only", choices=("rl", "tf"))
-    baseline: str = option("contrastive", "contrastive: the reward of Eq. 6, centred; greedy: similarity less that "
-                           "of the greedy caption (Eq. 7)", choices=("contrastive", "greedy"))  # fmt: skip
+    baseline: str = option("contrastive", "Eq. 6, or the greedy caption (Eq. 7)", choices=("contrastive", "greedy"))
     direction: str = option("both", "direction of Eq. 6", choices=("both", "image-to-text", "text-to-image"))
     similarity_weight: float = option(0.94, "alpha of Eq. 3; the discriminator weighs the rest", minimum=0, maximum=1)
     sampled_weight: float = option(1.0, "weight of REINFORCE on sampled captions (Eq. 2)", minimum=0)
@@ -101,6 +113,8 @@ class CaptionConfig(Decoding):
 
     paths: tuple[str, ...] = option((), "pictures, folders of pictures, - for a list of them on stdin", positional="+")
     recursive: bool = option(True, "look into folders within folders")
+    out: str | None = option(None, "write to this .jsonl file instead; one that is there is continued")
+    overwrite: bool = option(False, "caption anew what has a caption in --out")
     beams: int = option(3, "beam search width; 1 decodes greedily", minimum=1)
 
 
@@ -116,20 +130,16 @@ def configuration(cls, values: dict):
     """Make a `cls`; what is not given gets its default. Raises UserError for a number out of its limits."""
     toy = cls is TrainConfig and values.get("data") in (None, "toy")
     for each in dataclasses.fields(cls):
-        limits = each.metadata
         if values.get(each.name) is None:
-            values[each.name] = limits.get("toy", each.default) if toy else each.default
-        value = values[each.name]
-        if value is not None and not limits.get("minimum", value) <= value <= limits.get("maximum", value):
-            most = f" and at most {limits['maximum']}" if "maximum" in limits else ""
-            flag = each.name.replace("_", "-")
-            raise UserError(f"--{flag} {value}: must be at least {limits['minimum']}{most}")
+            values[each.name] = each.metadata.get("toy", each.default) if toy else each.default
+        value, low, high = values[each.name], each.metadata.get("minimum"), each.metadata.get("maximum", math.inf)
+        if None not in (value, low) and not low <= value <= high:
+            most = f" and at most {high}" if high < math.inf else ""
+            raise UserError(f"--{each.name.replace('_', '-')} {value}: must be at least {low}{most}")
     if values["device"] == "auto":
         values["device"] = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    try:
+    with explain(f"--device {values['device']}: cannot be used", "; try auto"):
         torch.empty(0, device=values["device"])
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {values['device']}: {first_line(error)}; try auto") from None
     return cls(**values)
 
 
@@ -158,26 +168,22 @@ RELATIONS = ("to the left of", "above")
 WORDS = [*"a two shapes and on background to the left of above".split(), *SIZES, *SHAPES, *COLOURS, *BACKGROUNDS]
 
 _NOUN = rf"a(?: ({'|'.join(SIZES)}))?(?: ({'|'.join(COLOURS)}))? ({'|'.join(SHAPES)})"
-_GRAMMAR = re.compile(
-    rf"(?:two shapes|{_NOUN} (and|{'|'.join(RELATIONS)}) {_NOUN})(?: on a ({'|'.join(BACKGROUNDS)}) background)?"
-)
+_BACKGROUND = rf"(?: on a ({'|'.join(BACKGROUNDS)}) background)?"
+_GRAMMAR = re.compile(rf"(?:two shapes|{_NOUN} (and|{'|'.join(RELATIONS)}) {_NOUN}){_BACKGROUND}")
 
 
 def parse(caption: str) -> tuple[str | None, ...] | None:
     """(size, colour, shape, relation, size, colour, shape, background), None where left open; None if ill-formed."""
-    match = _GRAMMAR.fullmatch(caption)
-    return match and match.groups()
+    return (match := _GRAMMAR.fullmatch(caption)) and match.groups()
 
 
 def is_true(caption: str, scene: str) -> bool:
     """Whether the caption is well-formed and nothing it says is false of the scene. "and" says nothing of the order."""
     said, seen = parse(caption), parse(scene)
-    if said is None:
-        return False
-    first, relation, second, background = said[0:3], said[3], said[4:7], said[7]
-    either_way = [(*first, None, *second, background), (*second, None, *first, background)]
-    readings = [said] if relation in RELATIONS else either_way
-    return any(all(word in (None, truth) for word, truth in zip(reading, seen)) for reading in readings)
+    orders = [seen]
+    if said and said[3] == "and":
+        orders = [(*seen[:3], "and", *seen[4:]), (*seen[4:7], "and", *seen[:3], seen[7])]
+    return bool(said) and any(all(word in (None, true) for word, true in zip(said, order)) for order in orders)
 
 
 def describe(scene: str, keep: float, rng: random.Random) -> str:
@@ -225,10 +231,8 @@ def toy_world(seed: int, train_size: int, test_size: int) -> tuple[list[Example]
     ]  # fmt: skip
     if train_size + test_size > len(scenes):
         raise UserError(f"--train-size {train_size}: the toy world has {len(scenes)} scenes, test included")
-    examples = [
-        Example(f"{number:05d}", draw(scene, rng), write_references(scene, rng), scene)
-        for number, scene in enumerate(rng.sample(scenes, train_size + test_size))
-    ]
+    drawn = enumerate(rng.sample(scenes, train_size + test_size))
+    examples = [Example(f"{n:05d}", draw(scene, rng), write_references(scene, rng), scene) for n, scene in drawn]
     return examples[:train_size], examples[train_size:]
 
 
@@ -237,7 +241,9 @@ SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", "
 
 def load_image(image: Path | Image.Image) -> Image.Image:
     """Any picture as upright RGB: EXIF rotation, transparency on white, 16 bits scaled, first frame; or UserError."""
-    try:
+    with explain(f"{image}: cannot be read"):
+        if isinstance(image, Path) and not image.is_file():
+            raise OSError("no such file")  # a pipe or a device would be waited for
         picture = Image.open(image) if isinstance(image, Path) else image
         picture.load()  # a truncated file fails here, not later
         picture = ImageOps.exif_transpose(picture)
@@ -245,23 +251,24 @@ def load_image(image: Path | Image.Image) -> Image.Image:
             high = 65535 if picture.mode.startswith("I;16") else picture.convert("F").getextrema()[1]
             white = 65535 if high > 255 else 255 if high > 1 else 1
             picture = picture.convert("F").point(lambda value: value * (255 / white) + 0.5).convert("L")
-        if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert("RGB")
-    except Exception as error:  # damaged files make Pillow raise all kinds
-        raise UserError(f"{image}: cannot be read ({first_line(error)})") from None
 
 
 def find_images(paths: Iterable[str], recursive: bool = True) -> list[Path]:
-    """The pictures named, and those in the folders named, each once, in order; hidden ones only if they are named."""
+    """The pictures named, and those in the folders named, in order, each once; hidden ones only if they are named.
+
+    Links to folders are not followed: they may go in circles. A folder that cannot be read is found, and fails later.
+    """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
         if not os.path.lexists(path):
             raise UserError(f"{path}: no such file or folder")
         if not path.is_dir():
             found[path] = None
-        for folder, inner, names in os.walk(path):  # which does not follow links to folders: they may go in circles
+        for folder, inner, names in os.walk(path, onerror=lambda error: found.setdefault(Path(error.filename))):
             inner[:] = sorted(name for name in inner if recursive and not name.startswith("."))
             pictures = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
             found.update(dict.fromkeys(Path(folder, name) for name in pictures))
@@ -270,31 +277,38 @@ def find_images(paths: Iterable[str], recursive: bool = True) -> list[Path]:
     return list(found)
 
 
+def read_rows(path: Path) -> dict[str, dict]:
+    """{file_name: row} of a metadata.jsonl; a row's caption is a list, of all the captions given for the picture."""
+    rows: dict[str, dict] = {}
+    lines = enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").split("\n"), 1)
+    for number, line in ((number, line) for number, line in lines if line.strip()):
+        with explain(f"{path}:{number}: not JSON with file_name and caption"):
+            row = json.loads(line)
+            name, captions = row["file_name"], [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
+            if not captions or not all(isinstance(each, str) and each.strip() for each in (name, *captions)):
+                raise ValueError("caption must be a text or a list of texts, none empty")
+            rows[name] = row | {"caption": [*rows[name]["caption"], *captions] if name in rows else [*captions]}
+    return rows
+
+
+def write_rows(path: Path, rows: dict[str, dict]) -> None:
+    """Write what `read_rows` reads, whole or not at all."""
+    captions = {name: row["caption"] if len(row["caption"]) > 1 else row["caption"][0] for name, row in rows.items()}
+    lines = [{"file_name": name} | row | {"caption": captions[name]} for name, row in rows.items()]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
 def read_examples(folder: str) -> list[Example]:
-    """Read a folder with metadata.jsonl: lines of `file_name` and `caption`, a string or a list."""
-    table, found = Path(folder) / "metadata.jsonl", {}
-    try:
-        lines = table.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{table}: {first_line(error)}; DATA must be a folder with a metadata.jsonl") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                name, captions, scene = row["file_name"], row["caption"], row.get("scene")
-                references = (captions,) if isinstance(captions, str) else tuple(captions)
-                if not references or not all(isinstance(each, str) and each.strip() for each in references):
-                    raise ValueError("caption must be a text or a list of texts, none empty")
-                if not (table.parent / name).is_file():
-                    raise ValueError(f"no such picture: {table.parent / name}")
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise UserError(f"{table}:{number}: not JSON with file_name and caption ({error!r})") from None
-            earlier = found[name].references if name in found else ()
-            scene = scene if isinstance(scene, str) and parse(scene) else None
-            found[name] = Example(name, table.parent / name, earlier + references, scene)
-    if not found:
-        raise UserError(f"{table}: no examples in it")
-    return list(found.values())
+    """Read a folder with pictures and their metadata.jsonl. Raises UserError for what is not as it should be."""
+    table, examples = Path(folder) / "metadata.jsonl", []
+    for name, row in (read_rows(table) if table.is_file() else {}).items():
+        image, scene = table.parent / name, str(row.get("scene"))
+        if not image.is_file():
+            raise UserError(f"{table}: no such picture: {image}")
+        examples.append(Example(name, image, tuple(row["caption"]), scene if parse(scene) else None))
+    if not examples:
+        raise UserError(f"{table}: no examples there; DATA must be a folder with pictures and a metadata.jsonl")
+    return examples
 
 
 def split(config: TrainConfig) -> tuple[list[Example], list[Example]]:
@@ -308,11 +322,10 @@ def split(config: TrainConfig) -> tuple[list[Example], list[Example]]:
 def write_examples(folder: Path, examples: Sequence[Example]) -> list[Example]:
     """Save examples as PNG files and a metadata.jsonl; return them as `read_examples` reads them from there."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
     for example in examples:
         load_image(example.image).save(folder / f"{example.image_id}.png")
-        rows.append({"file_name": f"{example.image_id}.png", "caption": example.references, "scene": example.scene})
-    write_text(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    rows = {f"{each.image_id}.png": {"caption": each.references, "scene": each.scene} for each in examples}
+    write_rows(folder / "metadata.jsonl", rows)
     return read_examples(str(folder))
 
 
@@ -337,10 +350,11 @@ def schedule(examples: Sequence[Example], batch_size: int, steps: int, seed: int
 class Captioner(nn.Module):
     """A captioner p(c|i): BLIP, VisionEncoderDecoder (ViT-GPT2 and the like) or GIT, with its preprocessing.
 
-    `tokens` are (B, T): start, words, end, then padding. GIT has no features to reuse; there, they are the pixels.
+    `tokens` are (B, T): P of `start` (the start token and the prompt), words, end, then padding. The prompt is saved
+    with the model: what it learned with, it writes with. GIT has no features to reuse; there, they are the pixels.
     """
 
-    def __init__(self, model: nn.Module, image_processor, tokenizer) -> None:
+    def __init__(self, model: nn.Module, image_processor, tokenizer, prompt: str | None = None) -> None:
         from transformers import GenerationConfig
 
         super().__init__()
@@ -348,32 +362,32 @@ class Captioner(nn.Module):
         self.family = model.config.model_type
         encoder_decoder = self.family == "vision-encoder-decoder"
         ids = model.generation_config if encoder_decoder else getattr(model.config, "text_config", model.config)
-        self.start = ids.decoder_start_token_id if encoder_decoder else ids.bos_token_id
+        start = ids.decoder_start_token_id if encoder_decoder else ids.bos_token_id
         self.end, self.pad = ids.sep_token_id if self.family == "blip" else ids.eos_token_id, ids.pad_token_id
-        ids = dict(decoder_start_token_id=self.start, eos_token_id=self.end, pad_token_id=self.pad)
+        if prompt is None:  # a BLIP from elsewhere learned to caption after these words
+            prompt = getattr(model.config, "prompt", "a picture of" if self.family == "blip" else "")
+        self.prompt = model.config.prompt = prompt
+        self.start = [start, *tokenizer(prompt, add_special_tokens=False).input_ids]
+        ids = dict(decoder_start_token_id=start, eos_token_id=self.end, pad_token_id=self.pad)
         writer = model.text_decoder if self.family == "blip" else model
         writer.generation_config = GenerationConfig(**ids)  # the checkpoint's own settings would bias the samples
 
     @classmethod
-    def load(cls, name: str, device: str = "cpu") -> Captioner:
+    def load(cls, name: str, device: str = "cpu", prompt: str | None = None) -> Captioner:
         """Load a Hub name, a Hugging Face folder, or the captioner of a run folder: fp32, in eval mode."""
-        from safetensors import SafetensorError
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
         folder = local_folder(name, "captioner", "config.json")
-        try:
-            family = json.loads((folder / "config.json").read_text()).get("model_type")
+        with explain(f"{name}: cannot load this captioner", "; is it complete?"):
+            family = json.loads((folder / "config.json").read_text())["model_type"]
             if family not in (known := ("blip", "vision-encoder-decoder", "git")):
                 raise UserError(f"{name}: a model of type {family}; captioners are of type {', '.join(known)}")
-            model, report = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True
-            )
+            options = dict(dtype=torch.float32, output_loading_info=True)
+            model, report = AutoModelForImageTextToText.from_pretrained(folder, **options)
             if report["missing_keys"]:
                 raise ValueError(f"it lacks the weights {min(report['missing_keys'])}")
             parts = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-            return cls(model, *parts).eval().to(device)
-        except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
-            raise UserError(f"{name}: cannot load this captioner ({first_line(error)}); is it complete?") from None
+            return cls(model, *parts, prompt).eval().to(device)
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder."""
@@ -393,41 +407,44 @@ class Captioner(nn.Module):
 
     def writer(self, features: Tensor, tokens: Tensor) -> tuple[nn.Module, dict]:
         """The module that writes, and its inputs: what it sees of each image, and the tokens so far."""
-        from transformers.modeling_outputs import BaseModelOutput
-
         if self.family == "blip":
             return self.model.text_decoder, {"input_ids": tokens, "encoder_hidden_states": features}
         if self.family == "git":
             return self.model, {"input_ids": tokens, "pixel_values": features}
+        from transformers.modeling_outputs import BaseModelOutput
+
         return self.model, {"decoder_input_ids": tokens, "encoder_outputs": BaseModelOutput(features)}
 
     def tokenize(self, captions: Sequence[str], max_length: int) -> Tensor:
-        """Captions as tokens (B, T), T <= max_length + 1. Longer ones are cut, and then have no end token."""
-        words = self.tokenizer(list(captions), add_special_tokens=False).input_ids
-        rows = [torch.tensor([self.start, *row, self.end][: max_length + 1]) for row in words]
+        """Captions as tokens (B, T), T <= P + max_length. Longer ones are cut, and then have no end token."""
+        texts = [f"{self.prompt} {each}".strip() for each in captions]
+        words = self.tokenizer(texts, add_special_tokens=False).input_ids
+        rows = [torch.tensor([self.start[0], *row, self.end][: len(self.start) + max_length]) for row in words]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.model.device)
 
     def mask(self, tokens: Tensor) -> Tensor:
-        """1.0 for the tokens after the start up to and with the first end, 0.0 for padding: (B, T - 1)."""
-        ends = tokens[:, 1:] == self.end
+        """1.0 for the tokens after the start up to and with the first end, 0.0 for padding: (B, T - P)."""
+        ends = tokens[:, len(self.start) :] == self.end
         return ((ends.cumsum(dim=1) - ends.long()) == 0).float()  # not `!= pad`: in GPT-2, pad is end
 
     @torch.no_grad()
-    def generate(self, features: Tensor, max_length: int, sample: bool = False, beams: int = 1) -> Tensor:
-        """Write a caption per image: tokens (B, T). `sample` draws from p(c|i) itself: no top-k, no top-p."""
-        module, inputs = self.writer(features, torch.full((len(features), 1), self.start, device=self.model.device))
-        pure = dict(top_k=0, top_p=1.0, temperature=1.0) if sample else {}
-        return module.generate(**inputs, do_sample=sample, **pure, num_beams=beams, max_new_tokens=max_length)
+    def generate(self, features: Tensor, max_length: int, **decoding) -> Tensor:
+        """Write captions: tokens (B, T). Greedy, or as `decoding` says; do_sample=True draws from p(c|i) itself."""
+        module, inputs = self.writer(features, torch.tensor([self.start] * len(features), device=self.model.device))
+        pure = dict(top_k=0, top_p=1.0, temperature=1.0) if decoding.get("do_sample") else {"do_sample": False}
+        return module.generate(**inputs, max_new_tokens=max_length, **(pure | decoding))
 
     def log_probs(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """log p of each token given those before it, in nats: (B, T - 1). Differentiable; padding is up to `mask`."""
+        """log p of each token given those before it, in nats: (B, T - P). Differentiable; padding is up to `mask`."""
         module, inputs = self.writer(features, tokens[:, :-1])
-        logits = module(**inputs).logits[:, 1 - tokens.shape[1] :]  # (B, T - 1, V): GIT's begin with the image
-        return logits.log_softmax(dim=-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+        words = tokens[:, len(self.start) :, None]  # (B, T - P, 1)
+        logits = module(**inputs).logits[:, -words.shape[1] :]  # (B, T - P, V): GIT's begin with the image
+        return logits.log_softmax(dim=-1).gather(2, words).squeeze(2)
 
     def decode(self, tokens: Tensor) -> list[str]:
         """Tokens as text, each caption a single line."""
-        texts = self.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        words = tokens[:, len(self.start) :]
+        texts = self.tokenizer.batch_decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=True)
         return [" ".join(text.split()) for text in texts]
 
 
@@ -439,14 +456,11 @@ def local_folder(name: str, inside: str, wanted: str) -> Path:
     if Path(name).exists():
         raise UserError(f"{name}: not a checkpoint: no {wanted} and no {inside}/{wanted} in it")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
-    try:  # without the Hub, this takes the cache or fails at once; the libraries' own loading retries for a minute
-        weights = "open_clip_*.safetensors" if inside == "clip" else "*.safetensors"
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", weights]))
-    except (OSError, HFValidationError) as error:
-        raise UserError(f"{name}: not a folder, nor to be had from the Hugging Face Hub ({first_line(error)}); "
-                        "give a folder, for instance the runs/toy of `distcap train`") from None  # fmt: skip
+    # without the Hub, this takes the cache or fails at once; the libraries' own loading retries for a minute
+    patterns = ["*.json", "*.txt", "*.model", "open_clip_*.safetensors" if inside == "clip" else "*.safetensors"]
+    with explain(f"{name}: not a folder, nor to be had from the Hugging Face Hub", "; give a folder, such as runs/toy"):
+        return Path(snapshot_download(name, allow_patterns=patterns))
 
 
 def toy_tokenizer():
@@ -473,8 +487,8 @@ def toy_captioner(seed: int) -> Captioner:
             sep_token_id=tokenizer.sep_token_id, pad_token_id=tokenizer.pad_token_id,
         ),
     )  # fmt: skip
-    image_processor = BlipImageProcessor(size={"height": 32, "width": 32})
-    return Captioner(BlipForConditionalGeneration(config), image_processor, tokenizer)
+    pixels = BlipImageProcessor(size=dict(height=32, width=32))
+    return Captioner(BlipForConditionalGeneration(config), pixels, tokenizer, prompt="")
 
 
 # ---- 4  CLIP: images and captions as unit rows -----------------------------------------------------------------------
@@ -490,7 +504,6 @@ class CLIP:
     def load(cls, name: str, device: str | torch.device = "cpu") -> CLIP:
         """Load an open_clip NAME/TAG, hf-hub:NAME, a folder with open_clip_config.json, or the CLIP of a run folder."""
         import open_clip
-        from safetensors import SafetensorError
 
         architecture, weights, options = name, None, {}
         if Path(name).exists() or name.startswith("hf-hub:"):
@@ -503,12 +516,9 @@ class CLIP:
             options |= {f"image_{each}": known.get(each) for each in ("mean", "std", "interpolation", "resize_mode")}
             if repository := os.path.dirname(known.get("hf_hub", "")):
                 weights = f"{local_folder(repository, 'clip', 'open_clip_config.json')}/open_clip_model.safetensors"
-        try:
+        with explain(f"{name}: cannot load this CLIP", "; give --clip NAME/TAG or a folder"):
             model, preprocess = open_clip.create_model_from_pretrained(architecture, weights, **options)
             return cls(model, preprocess, open_clip.get_tokenizer(architecture), device)
-        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-            reason = first_line(error)
-            raise UserError(f"{name}: cannot load this CLIP ({reason}); give --clip NAME/TAG or a folder") from None
 
     @torch.no_grad()
     def embed_images(self, images: Iterable[Path | Image.Image], batch_size: int = 64) -> Tensor:
@@ -522,10 +532,8 @@ class CLIP:
     def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:
         """Captions as unit rows (B, D). Each distinct caption is embedded once, so that equal captions tie exactly."""
         distinct = list(dict.fromkeys(captions))
-        rows = [
-            self.model.encode_text(self.tokenizer(distinct[start : start + batch_size]).to(self.device), normalize=True)
-            for start in range(0, len(distinct), batch_size)
-        ]
+        batches = (distinct[start : start + batch_size] for start in range(0, len(distinct), batch_size))
+        rows = [self.model.encode_text(self.tokenizer(batch).to(self.device), normalize=True) for batch in batches]
         number = {caption: row for row, caption in enumerate(distinct)}
         return torch.cat(rows)[[number[caption] for caption in captions]]
 
@@ -537,30 +545,23 @@ def similarity_reward(caption_embeddings: Tensor, image_embeddings: Tensor) -> T
 
 
 def contrastive_reward(
-    caption_embeddings: Tensor,
-    image_embeddings: Tensor,
-    image_index: Tensor,
-    logit_scale: float,
-    direction: str = "both",
+    caption_embeddings: Tensor, image_embeddings: Tensor, image_index: Tensor, logit_scale: float, direction="both"
 ) -> Tensor:
     """Bidirectional contrastive reward (Eq. 6) of each caption of the pool: (C, D), (I, D), (C,) -> (C,), as a cosine.
 
         a(c, i) = s e_c.e_i - log sum_{c' != c} exp(s e_c'.e_i)    image-to-text: does the image pick this caption?
         b(c, i) = s e_c.e_i - log sum_{i' != i} exp(s e_c.e_i')    text-to-image: does the caption pick its image?
 
-    The reward is (a + b) / 2s; of one direction, a / s or b / s. The log-sum-exp is a soft maximum: the strongest
-    competitor is the baseline. Only the scored pair is left out, so the ground truth and the greedy caption of the same
-    image compete with the sample. Where there is no competitor at all, its log-sum-exp counts as zero.
-
-    `image_index[c]` is the row of caption c's own image. Masking before the log-sum-exp is exact at any scale, where
-    exp() and a subtraction, as in the authors' script, overflow.
+    image_index[c] is c's own image. The reward is (a + b) / 2s; of one direction, a / s or b / s. The log-sum-exp is a
+    soft maximum: the strongest competitor is the baseline. Only the scored pair is left out: the ground truth and the
+    greedy caption of the same image compete. Without any competitor the log-sum-exp counts as zero. Masking first is
+    exact at any scale, where exp() and a subtraction, as in the authors' script, overflow.
     """
     logits = logit_scale * caption_embeddings @ image_embeddings.T  # (C, I)
     own = logits.gather(1, image_index[:, None]).squeeze(1)  # (C,)
 
     def soft_maximum(others: Tensor) -> Tensor:
-        value = others.logsumexp(dim=1)
-        return torch.where(value.isneginf(), 0.0, value)
+        return torch.where((value := others.logsumexp(dim=1)).isneginf(), 0.0, value)
 
     image_to_text = own - soft_maximum(logits.T[image_index].fill_diagonal_(-torch.inf))
     text_to_image = own - soft_maximum(logits.scatter(1, image_index[:, None], -torch.inf))
@@ -630,13 +631,6 @@ def ground_truth_loss(log_probs: Tensor, mask: Tensor, advantages: Tensor) -> Te
 
 
 # ---- 8  Training -----------------------------------------------------------------------------------------------------
-def read_batch(batch: Sequence[tuple[int, int]], examples: Sequence[Example], captioner: Captioner) -> tuple:
-    """A batch of the schedule as (indices of B examples, a ground-truth caption each, pixels (B, 3, H, W))."""
-    ground_truth = [examples[index].references[reference] for index, reference in batch]
-    pixels = captioner.pixels([load_image(examples[index].image) for index, _ in batch])
-    return [index for index, _ in batch], ground_truth, pixels
-
-
 @dataclass
 class Learner:
     """The captioner that learns and what teaches it: CLIP, its embeddings (N, D) of the training images, Eq. 4."""
@@ -649,7 +643,7 @@ class Learner:
 
 
 def teacher_forcing_step(learner: Learner, batch: tuple, config: TrainConfig) -> tuple[Tensor, dict[str, float]]:
-    """The loss of Eq. 1 on a batch, and what to log."""
+    """The loss of Eq. 1 on a batch (indices, ground truth, pixels), and what to log."""
     captioner, (_, ground_truth, pixels) = learner.captioner, batch
     tokens = captioner.tokenize(ground_truth, config.max_length)
     return teacher_forcing_loss(captioner.log_probs(captioner.encode(pixels), tokens), captioner.mask(tokens)), {}
@@ -659,10 +653,9 @@ def reinforce_step(learner: Learner, batch: tuple, config: TrainConfig) -> tuple
     """The loss of Eq. 2-6 on a batch, and what to log. Also takes the discriminator's step."""
     captioner, (indices, ground_truth, pixels) = learner.captioner, batch
     features = captioner.encode(pixels)  # (B, N, H): once, for all that follows
-    sampled = captioner.generate(features.detach(), config.max_length, sample=True)
+    sampled = captioner.generate(features.detach(), config.max_length, do_sample=True)
     greedy = captioner.generate(features.detach(), config.max_length)
     pool = captioner.decode(sampled) + ground_truth + captioner.decode(greedy)  # C = 3B captions
-
     caption_embeddings = learner.clip.embed_captions(pool)
     image_embeddings = learner.image_embeddings[indices]
     rewards, accuracy = pool_rewards(learner, caption_embeddings, image_embeddings, config)
@@ -672,7 +665,6 @@ def reinforce_step(learner: Learner, batch: tuple, config: TrainConfig) -> tuple
         ground_truth_advantages = self_critical_advantages(ground_truth_rewards, greedy_rewards)
     else:  # Eq. 6 has its baseline inside: the ground truth's reward says how far it beats its competitors
         advantages, ground_truth_advantages = centred_advantages(sampled_rewards), ground_truth_rewards
-
     rows = [*sampled, *captioner.tokenize(ground_truth, config.max_length)]
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=captioner.pad)  # (2B, T)
     log_probs = captioner.log_probs(torch.cat([features, features]), tokens)
@@ -689,10 +681,7 @@ def reinforce_step(learner: Learner, batch: tuple, config: TrainConfig) -> tuple
 
 
 def pool_rewards(learner: Learner, captions: Tensor, images: Tensor, config: TrainConfig) -> tuple[Tensor, float]:
-    """Rewards of the pool (Eq. 3), and the discriminator's accuracy: (3B, D), (B, D) -> (3B,), a share. Trains Eq. 4.
-
-    The pool is sampled, ground truth, greedy. The discriminator gives its scores before it takes its step.
-    """
+    """Rewards (Eq. 3) of sampled, ground truth, greedy, and a step of Eq. 4: (3B, D), (B, D) -> (3B,), its accuracy."""
     own = torch.arange(len(images), device=images.device).repeat(3)  # (C,): the row of each caption's image
     if config.baseline == "contrastive":
         similarity = contrastive_reward(captions, images, own, learner.clip.logit_scale, config.direction)
@@ -700,9 +689,8 @@ def pool_rewards(learner: Learner, captions: Tensor, images: Tensor, config: Tra
         similarity = similarity_reward(captions, images[own])
     logits = learner.discriminator(images[own], captions)  # (C,), before its step
     sampled, ground_truth, _ = logits.chunk(3)
-    loss = discriminator_loss(sampled, ground_truth)
     learner.discriminator_optimizer.zero_grad()
-    loss.backward()
+    discriminator_loss(sampled, ground_truth).backward()
     learner.discriminator_optimizer.step()
     accuracy = torch.cat([sampled < 0, ground_truth > 0]).float().mean().item()
     return mixed_reward(similarity, logits.detach().sigmoid(), config.similarity_weight), accuracy
@@ -710,8 +698,6 @@ def pool_rewards(learner: Learner, captions: Tensor, images: Tensor, config: Tra
 
 def fit(stage: str, model: nn.Module, step: Callable, batches, learning_rate: float, config: TrainConfig, log) -> None:
     """The loop of every stage: batch -> `step(batch)`, a loss and what to log -> gradient -> AdamW, one cycle."""
-    if not len(batches):
-        return
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(len(batches), 2))
     bar = tqdm(batches, stage, disable=None)
@@ -724,8 +710,7 @@ def fit(stage: str, model: nn.Module, step: Callable, batches, learning_rate: fl
         optimizer.step()
         cycle.step()
         log.write(json.dumps({"stage": stage, "step": number, "loss": loss.item(), **record}) + "\n")
-        if "reward" in record:
-            bar.set_postfix(reward=f"{record['reward']:.3f}")
+        bar.set_postfix({name: f"{value:.3f}" for name, value in record.items()})
 
 
 def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, log, width: int = 96) -> CLIP:
@@ -739,7 +724,6 @@ def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, log
     folder.mkdir(parents=True, exist_ok=True)
     toy_tokenizer().save_pretrained(folder)
     write_text(folder / "open_clip_config.json", json.dumps({"model_cfg": shape, "preprocess_cfg": {}}, indent=2))
-
     torch.manual_seed(config.seed)
     tokenizer, model = open_clip.get_tokenizer(f"local-dir:{folder}"), open_clip.CLIP(**shape).to(config.device)
     contrastive_loss, preprocess = open_clip.ClipLoss(), open_clip.image_transform(32, is_train=False)
@@ -758,18 +742,21 @@ def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, log
 
 def fit_captioner(learner: Learner, examples: Sequence[Example], objective: str, config: TrainConfig, log) -> None:
     """Run one stage of the captioner: `tf`, by Eq. 1, or `rl`, by Eq. 2-6."""
-    step, steps, learning_rate = {
+    step, steps, rate = {
         "tf": (teacher_forcing_step, config.tf_steps, config.tf_learning_rate),
         "rl": (reinforce_step, config.steps, config.learning_rate),
     }[objective]
-    learner.captioner.train(objective == "tf")  # in RL no dropout: score the policy that was sampled
-    batches = list(schedule(examples, config.batch_size, steps, config.seed))
+    captioner = learner.captioner.train(objective == "tf")  # in RL no dropout: score the policy that was sampled
 
     def read_and_step(batch: Sequence[tuple[int, int]]) -> tuple[Tensor, dict[str, float]]:
-        return step(learner, read_batch(batch, examples, learner.captioner), config)
+        indices = [index for index, _ in batch]
+        ground_truth = [examples[index].references[reference] for index, reference in batch]
+        pixels = captioner.pixels([load_image(examples[index].image) for index in indices])  # (B, 3, H, W)
+        return step(learner, (indices, ground_truth, pixels), config)
 
-    fit(objective, learner.captioner, read_and_step, batches, learning_rate, config, log)
-    learner.captioner.eval()
+    batches = list(schedule(examples, config.batch_size, steps, config.seed))
+    fit(objective, captioner, read_and_step, batches, rate, config, log)
+    captioner.eval()
 
 
 # ---- 9  Evaluation ---------------------------------------------------------------------------------------------------
@@ -808,10 +795,7 @@ def ngram_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]) 
 
 
 def toy_measures(captions: Sequence[str], scenes: Sequence[str]) -> dict[str, float]:
-    """What only a known world can tell: is a caption well-formed, is it true (faithful), does it single it out?
-
-    oracle_R@1 is an ideal reader's: 1 / number of scenes of which the caption is true, 0 if it is false of its own.
-    """
+    """What only a known world can tell. oracle_R@1: 1 / number of scenes a caption is true of; 0 if not of its own."""
     faithful = [is_true(caption, scene) for caption, scene in zip(captions, scenes)]
     matches = {caption: sum(is_true(caption, scene) for scene in scenes) for caption in set(captions)}
     return {
@@ -843,10 +827,11 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 
 
 # ---- 10  Command line ------------------------------------------------------------------------------------------------
-def write_captions(captioner: Captioner, images: Sequence[Path], config: Decoding) -> Iterator[str | Exception]:
+@torch.no_grad()
+def write_captions(captioner: Captioner, images: Sequence[Path], config: Decoding) -> Iterator[str | UserError]:
     """For each picture, in order, its caption, or the error that its file gave."""
     for start in tqdm(range(0, len(images), config.batch_size), "caption", disable=None):
-        loaded: list[Image.Image | Exception] = []
+        loaded: list[Image.Image | UserError] = []
         for image in images[start : start + config.batch_size]:
             try:
                 loaded.append(load_image(image))
@@ -854,17 +839,15 @@ def write_captions(captioner: Captioner, images: Sequence[Path], config: Decodin
                 loaded.append(error)
         captions = iter(())
         if good := [image for image in loaded if isinstance(image, Image.Image)]:
-            with torch.no_grad():
-                features = captioner.encode(captioner.pixels(good))
-            captions = iter(captioner.decode(captioner.generate(features, config.max_length, beams=config.beams)))
-        yield from (image if isinstance(image, Exception) else next(captions) for image in loaded)
+            features = captioner.encode(captioner.pixels(good))
+            captions = iter(captioner.decode(captioner.generate(features, config.max_length, num_beams=config.beams)))
+        yield from (image if isinstance(image, UserError) else next(captions) for image in loaded)
 
 
 def clip_name(config: Decoding) -> str:
     """The CLIP that the flags name; else the one that the captioner's run learned with; else the usual one."""
-    run = Path(config.captioner)
-    if not config.clip and (run / "captioner").is_dir():
-        return json.loads((run / "config.json").read_text())["clip"] or str(run)
+    if not config.clip and Path(config.captioner, "captioner").is_dir():
+        return json.loads(Path(config.captioner, "config.json").read_text())["clip"] or config.captioner
     return config.clip or "ViT-B-32/openai"
 
 
@@ -882,7 +865,8 @@ def train(config: TrainConfig) -> int:
         raise UserError(f"--batch-size {config.batch_size}: only {len(training)} training examples; give less")
     if config.captioner:
         config = dataclasses.replace(config, clip=clip_name(config))
-        captioner, clip = Captioner.load(config.captioner, config.device), CLIP.load(config.clip, config.device)
+        captioner = Captioner.load(config.captioner, config.device, config.prompt)
+        clip = CLIP.load(config.clip, config.device)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
     if toy:
@@ -905,29 +889,43 @@ def train(config: TrainConfig) -> int:
     captions["after"] = list(write_captions(captioner, images, config))
     measured = {row: evaluate(captions[row], test, clip, test_embeddings) for row in captions}
     about = dict(split="test", images=len(test), seed=config.seed, beams=config.beams, max_length=config.max_length)
-    packages = {name: version(name) for name in ("torch", "transformers", "open_clip_torch", "pycocoevalcap")}
+    about["versions"] = {name: version(name) for name in ("torch", "transformers", "open_clip_torch", "pycocoevalcap")}
     rows = list(zip((example.image_id for example in test), *captions.values()))[:6]
-    shown = [dict(zip(("file_name", *captions), row)) for row in rows]
-    write_text(out / "results.json", json.dumps(measured | about | {"versions": packages, "captions": shown}, indent=2))
+    about["captions"] = [dict(zip(("file_name", *captions), row)) for row in rows]
+    write_text(out / "results.json", json.dumps(measured | about, indent=2))
     print(table(measured))
-    for row in shown:
+    for row in about["captions"]:
         print("\n{file_name}\n  before  {before}\n  after   {after}".format_map(row))
     return 0
 
 
 def caption(config: CaptionConfig) -> int:
     """`distcap caption`: see CaptionConfig."""
+    out = Path(config.out) if config.out else None
+    if out and (out.suffix != ".jsonl" or not out.parent.is_dir()):
+        raise UserError(f"--out {out}: must be a .jsonl file in a folder that exists")
     listed = sys.stdin.read().split("\n") if "-" in config.paths else []
-    named = [path for path in (*config.paths, *listed) if path not in ("-", "")]
-    paths = find_images(named, config.recursive)
-    captioner, failures = Captioner.load(config.captioner, config.device), []
+    found = find_images([path for path in (*config.paths, *listed) if path not in ("-", "")], config.recursive)
+    rows = read_rows(out) if out and out.exists() else {}
+    names = {path: os.path.relpath(path, out.parent) if out else "" for path in found}
+    paths, failures, saved = [path for path in found if config.overwrite or names[path] not in rows], [], 0.0
+    captioner = Captioner.load(config.captioner, config.device, config.prompt) if paths else None
     for path, written in zip(paths, write_captions(captioner, paths, config)):
-        if isinstance(written, Exception):
+        if isinstance(written, UserError):
             failures.append(written)
+        elif out:
+            rows[names[path]] = rows.get(names[path], {}) | {"caption": [written]}
         else:
-            print(path, written, sep="\t", flush=True)
+            name = str(path).translate({9: "\\t", 10: "\\n", 13: "\\r"})  # lest it look like two fields or lines
+            print(name, written, sep="\t", flush=True)
+        if out and (path == paths[-1] or time.monotonic() > saved + 1):  # always whole, so never cut short
+            write_rows(out, rows)
+            saved = time.monotonic()
     for failure in failures:
         print(f"distcap: {failure}", file=sys.stderr)
+    if out:
+        kept, failed = len(found) - len(paths), len(failures)
+        print(f"distcap: {len(paths) - failed} captioned, {failed} failed, {kept} had a caption", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -936,8 +934,8 @@ def evaluate_command(config: EvalConfig) -> int:
     examples = read_examples(config.data)
     if config.out and not Path(config.out).parent.is_dir():
         raise UserError(f"--out {config.out}: the folder {Path(config.out).parent} is not there; make it first")
-    captioner, clip = Captioner.load(config.captioner, config.device), CLIP.load(clip_name(config), config.device)
-    images = [example.image for example in examples]
+    captioner = Captioner.load(config.captioner, config.device, config.prompt)
+    clip, images = CLIP.load(clip_name(config), config.device), [example.image for example in examples]
     embeddings, captions = clip.embed_images(images), list(write_captions(captioner, images, config))
     measures = evaluate(captions, examples, clip, embeddings)
     print(table({Path(config.data).resolve().name: measures}))
@@ -983,17 +981,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cls, run = VERBS[values.pop("verb")]
     logging.getLogger().setLevel(logging.CRITICAL)  # the libraries announce what they load
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        # file names need not be UTF-8; a notebook's streams cannot change
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # names need not be UTF-8; a notebook's streams cannot change
         getattr(stream, "reconfigure", dict)(encoding="utf-8", errors="surrogateescape")
     try:
         return run(configuration(cls, values))
-    except UserError as error:
-        print(f"distcap: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # whoever read us has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("distcap: stopped", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:  # a full disk or a folder that must not be written to: no bug of ours
+        print(f"distcap: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

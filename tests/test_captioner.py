@@ -30,7 +30,7 @@ def test_random_pixels_reach_the_features(captioner):
 def test_tokenize_starts_ends_and_pads(captioner):
     tokens = captioner.tokenize(["two shapes", "a red ring above a blue bar"], max_length=20)
     assert tokens.shape == (2, 9)
-    assert (tokens[:, 0] == captioner.start).all()
+    assert (tokens[:, 0] == captioner.start[0]).all()
     assert tokens[0, 3] == captioner.end and (tokens[0, 4:] == captioner.pad).all() and tokens[1, 8] == captioner.end
     assert captioner.decode(tokens) == ["two shapes", "a red ring above a blue bar"]
     assert captioner.tokenizer.unk_token_id not in tokens
@@ -43,7 +43,7 @@ def test_tokenize_cuts_long_captions_and_takes_empty_ones(captioner):
 
 
 def test_mask_ends_with_the_first_end_token(captioner):
-    start, end, pad = captioner.start, captioner.end, captioner.pad
+    start, end, pad = captioner.start[0], captioner.end, captioner.pad
     tokens = torch.tensor([[start, 9, end, pad], [start, 9, 9, 9], [start, end, end, end]])
     assert captioner.mask(tokens).tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
 
@@ -83,7 +83,7 @@ def test_log_probs_of_samples_equal_those_of_generate(captioner, features, monke
         return output.sequences
 
     monkeypatch.setattr(captioner.model.text_decoder, "generate", spy)
-    tokens = captioner.generate(features, 20, sample=True)
+    tokens = captioner.generate(features, 20, do_sample=True)
     mask = captioner.mask(tokens)
     theirs = torch.stack(seen["scores"], dim=1).log_softmax(dim=-1).gather(2, tokens[:, 1:, None]).squeeze(2)
     ours = captioner.log_probs(features, tokens).detach()
@@ -94,18 +94,20 @@ def test_log_probs_of_samples_equal_those_of_generate(captioner, features, monke
 
 def test_a_checkpoint_with_other_generation_settings_samples_the_same(captioner, features, monkeypatch):
     torch.manual_seed(3)
-    plain = captioner.generate(features, 20, sample=True)
+    plain = captioner.generate(features, 20, do_sample=True)
     settings = dict(top_k=3, temperature=0.1, min_p=0.3, num_beams=4, min_new_tokens=9, suppress_tokens=[7, 8, 9],
                     num_return_sequences=2, repetition_penalty=3.0, no_repeat_ngram_size=1)  # fmt: skip
     for setting, value in settings.items():
         monkeypatch.setattr(captioner.model.text_decoder.generation_config, setting, value)
     again = distcap.Captioner(captioner.model, captioner.image_processor, captioner.tokenizer)
     torch.manual_seed(3)
-    assert torch.equal(again.generate(features, 20, sample=True), plain)
+    assert torch.equal(again.generate(features, 20, do_sample=True), plain)
 
 
 def test_samples_vary_and_greedy_captions_do_not(captioner, features):
-    assert not torch.equal(captioner.generate(features, 9, sample=True), captioner.generate(features, 9, sample=True))
+    assert not torch.equal(
+        captioner.generate(features, 9, do_sample=True), captioner.generate(features, 9, do_sample=True)
+    )
     greedy = captioner.generate(features, 9)
     assert torch.equal(greedy, captioner.generate(features, 9))
     with torch.no_grad():

@@ -3,8 +3,11 @@
 import dataclasses
 import io
 import json
+import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +111,101 @@ def test_caption_takes_photographs_and_reports_a_broken_one(run, photographs, ca
     assert len(streams.out.splitlines()) == 4 and "broken.jpg" in streams.err
 
 
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_out_holds_what_standard_output_would_and_is_a_data_set(run, capsys):
+    out = run / "test" / "captions.jsonl"
+    assert distcap.main(["caption", str(run / "test"), "--captioner", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert distcap.main(["caption", str(run / "test"), "--captioner", str(run), "--out", str(out)]) == 0
+    streams, rows = capsys.readouterr(), rows_of(out)
+    out.unlink()
+    assert streams.out == "" and streams.err.endswith("distcap: 40 captioned, 0 failed, 0 had a caption\n")
+    assert [f"{run / 'test' / row['file_name']}\t{row['caption']}" for row in rows] == lines
+
+
+def test_out_is_continued_and_keeps_what_it_holds(run, photographs, tmp_path, capsys, monkeypatch):
+    out, command = tmp_path / "x.jsonl", ["caption", str(photographs), "--captioner", str(run), "--out"]
+    assert distcap.main([*command, str(out)]) == 0
+    whole = rows_of(out)
+    assert [row["file_name"] for row in whole] == [f"photographs/{path.name}" for path in sorted(photographs.iterdir())]
+    theirs = {"file_name": "elsewhere.png", "caption": ["mine", "too"], "licence": 3}
+    out.write_text("".join(json.dumps(row) + "\n" for row in ({**whole[1], "caption": "my own"}, theirs)))
+    capsys.readouterr()
+    assert distcap.main([*command, str(out)]) == 0
+    assert "distcap: 3 captioned, 0 failed, 1 had a caption\n" in capsys.readouterr().err
+    assert rows_of(out) == [{**whole[1], "caption": "my own"}, theirs, whole[0], *whole[2:]]
+    assert distcap.main([*command, str(out), "--overwrite"]) == 0
+    assert rows_of(out) == [whole[1], theirs, whole[0], *whole[2:]]
+    forbid_models(monkeypatch)  # nothing is left to do: nothing is loaded
+    assert distcap.main([*command, str(out)]) == 0
+
+
+def test_a_broken_picture_is_tried_again_and_the_rest_is_kept(run, photographs, tmp_path, capsys):
+    out, broken = tmp_path / "x.jsonl", photographs / "0 a.png"
+    command = ["caption", str(photographs), "--captioner", str(run), "--out", str(out)]
+    broken.write_text("no picture")
+    assert distcap.main(command) == 1
+    assert "4 captioned, 1 failed" in capsys.readouterr().err and len(rows_of(out)) == 4
+    Image.new("RGB", (9, 9)).save(broken)
+    assert distcap.main(command) == 0
+    assert "1 captioned, 0 failed, 4 had a caption" in capsys.readouterr().err and len(rows_of(out)) == 5
+
+
+def test_killed_at_any_moment_and_started_again_the_table_is_the_same(run, tmp_path):
+    command = [sys.executable, SCRIPT, "caption", run / "test", "--captioner", run, "--batch-size", "1", "--out"]
+    subprocess.run([*command, tmp_path / "whole.jsonl"], check=True, capture_output=True)
+    out, kills, rng = tmp_path / "killed.jsonl", 0, random.Random(0)
+    for _ in range(3):
+        with subprocess.Popen([*command, out], stderr=subprocess.PIPE) as process:
+            while process.poll() is None and not out.exists():
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.5))
+            process.kill()
+        kills += process.returncode == -9
+        done = len(rows_of(out))  # whatever was written is whole
+    assert kills and done
+    subprocess.run([*command, out], check=True, capture_output=True)
+    assert sorted(out.read_text().splitlines()) == sorted((tmp_path / "whole.jsonl").read_text().splitlines())
+
+
+def test_names_that_look_like_two_lines_or_are_no_utf8(run, tmp_path, capsys):
+    for name in (b"tab\there.png", b"new\nline.png", b"caf\xe9.png"):
+        Image.new("RGB", (9, 9)).save(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    out = tmp_path / "x.jsonl"
+    assert distcap.main(["caption", str(tmp_path), "--captioner", str(run), "--out", str(out)]) == 0
+    assert {row["file_name"] for row in rows_of(out)} == {"tab\there.png", "new\nline.png", "caf\udce9.png"}
+    assert distcap.main(["caption", str(tmp_path), "--captioner", str(run), "--out", str(out)]) == 0
+    assert "3 had a caption" in capsys.readouterr().err
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "caption", tmp_path, "--captioner", run], capture_output=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 and all(line.count(b"\t") == 1 for line in lines) and b"caf\xe9.png" in done.stdout
+
+
+def test_a_folder_that_must_not_be_written_to_is_one_line(run, tmp_path, monkeypatch, capsys):
+    def refuse(path, rows):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(distcap, "write_rows", refuse)
+    out = tmp_path / "x.jsonl"
+    assert distcap.main(["caption", str(run / "test"), "--captioner", str(run), "--out", str(out)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "Permission denied" in last and str(out) in last and not out.exists()
+
+
+def test_the_prompt_of_the_command_reaches_the_captioner(run, capsys, monkeypatch):
+    seen, load = [], distcap.Captioner.load
+    monkeypatch.setattr(distcap.Captioner, "load", lambda *given: seen.append(given[2]) or load(*given))
+    picture = str(next((run / "test").glob("*.png")))
+    for flags in ([], ["--prompt", "a red"]):
+        assert distcap.main(["caption", picture, "--captioner", str(run), *flags]) == 0
+    assert seen == [None, "a red"]
+
+
 def test_caption_takes_a_list_on_standard_input(run, monkeypatch, capsys):
     first, second, *_ = sorted((run / "test").glob("*.png"))
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{second}\n\n{first}\n{second}\n"))
@@ -182,6 +280,8 @@ def test_a_reader_that_has_seen_enough_ends_caption_quietly(run):
         (["caption"], "PATHS"),
         (["caption", "nowhere"], "nowhere: no such file or folder"),
         (["caption", "EMPTY"], "no pictures in this folder"),
+        (["caption", "EMPTY", "--out", "x.txt"], "--out x.txt: must be a .jsonl file"),
+        (["caption", "EMPTY", "--out", "no/x.jsonl"], "in a folder that exists"),
         (["eval", "EMPTY", "--captioner", "x"], "metadata.jsonl"),
         (["paint"], "paint"),
         ([], "distcap --help"),

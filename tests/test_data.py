@@ -1,6 +1,7 @@
 """Section 2: the toy world, pictures, data sets, the schedule."""
 
 import json
+import os
 import random
 from collections import Counter
 
@@ -129,7 +130,8 @@ def test_a_bad_line_of_metadata_is_named(tmp_path, line, complaint):
     folder = write_metadata(tmp_path, '{"file_name": "a.png", "caption": "fine"}', line)
     with pytest.raises(distcap.UserError, match=complaint) as caught:
         distcap.read_examples(folder)
-    assert "metadata.jsonl:2" in str(caught.value) and "\n" not in str(caught.value)
+    assert ("metadata.jsonl:2" in str(caught.value) or "b.png" in line) and "\n" not in str(caught.value)
+    assert str(tmp_path / "metadata.jsonl") in str(caught.value)
 
 
 def test_a_data_set_without_metadata_or_without_lines_is_refused(tmp_path):
@@ -212,6 +214,40 @@ def test_schedule_covers_every_example_and_never_repeats_one_in_a_batch():
     assert set(seen) == set(range(10)) and {reference for batch in batches for _, reference in batch} == set(range(5))
     assert batches == list(distcap.schedule(examples, 4, 50, 1)) != list(distcap.schedule(examples, 4, 50, 2))
     assert batches[:20] == list(distcap.schedule(examples, 4, 20, 1))  # a longer run begins like a shorter one
+
+
+def test_rows_are_written_as_they_were_read(tmp_path):
+    """One caption is a text, several are a list, and what else a row holds stays."""
+    lines = [
+        {"file_name": "a.png", "caption": "a dog", "licence": 3},
+        {"file_name": "b \udcff.png", "caption": ["x", "y"]},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "t.jsonl").write_text(text)
+    distcap.write_rows(tmp_path / "t.jsonl", distcap.read_rows(tmp_path / "t.jsonl"))
+    assert (tmp_path / "t.jsonl").read_text() == text
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(distcap.UserError, match=r"pipe\.png: cannot be read"):
+        distcap.load_image(tmp_path / "pipe.png")
+
+
+def test_a_folder_that_cannot_be_read_is_no_silence(tmp_path, monkeypatch):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [path.name for path in distcap.find_images([str(tmp_path)])] == ["a.png", "closed"]
+    with pytest.raises(distcap.UserError, match="closed: cannot be read"):
+        distcap.load_image(tmp_path / "closed")
 
 
 def test_write_text_replaces_the_file_or_leaves_it(tmp_path):

@@ -90,7 +90,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def captioner(folder):
-    return distcap.Captioner.load(str(folder)).eval()
+    return distcap.Captioner.load(str(folder), prompt="").eval()
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def features(captioner, images):
 def test_tokens_round_trip(captioner):
     tokens = captioner.tokenize(["a dog with the red hats", "cat"], 40)
     assert captioner.decode(tokens) == ["a dog with the red hats", "cat"]
-    assert (tokens[:, 0] == captioner.start).all()
+    assert (tokens[:, 0] == captioner.start[0]).all()
     assert captioner.mask(tokens).sum(dim=1).tolist() == [
         len(captioner.tokenizer(text, add_special_tokens=False).input_ids) + 1
         for text in ("a dog with the red hats", "cat")
@@ -117,7 +117,7 @@ def test_tokens_round_trip(captioner):
 
 def test_log_probs_of_samples_equal_those_of_generate(captioner, features, monkeypatch):
     """Although pad may be end, logits may carry an image prefix, and the checkpoint may ask for top-k."""
-    module, _ = captioner.writer(features, torch.full((4, 1), captioner.start))
+    module, _ = captioner.writer(features, torch.full((4, 1), captioner.start[0]))
     generate, seen = module.generate, {}
 
     def spy(**options):
@@ -125,7 +125,7 @@ def test_log_probs_of_samples_equal_those_of_generate(captioner, features, monke
         return seen["sequences"]
 
     monkeypatch.setattr(module, "generate", spy)
-    tokens = captioner.generate(features, 12, sample=True)
+    tokens = captioner.generate(features, 12, do_sample=True)
     mask = captioner.mask(tokens)
     assert mask.sum() > 12
     theirs = torch.stack(seen["scores"], dim=1).log_softmax(dim=-1).gather(2, tokens[:, 1:, None]).squeeze(2)
@@ -156,12 +156,46 @@ def test_captions_equal_those_of_transformers(captioner, images, features, beams
     model = AutoModelForImageTextToText.from_pretrained(captioner.model.name_or_path).eval()
     given = dict(num_beams=beams, do_sample=False, max_new_tokens=9, min_length=0)
     if captioner.family == "vision-encoder-decoder":
-        given |= dict(decoder_start_token_id=captioner.start, eos_token_id=captioner.end, pad_token_id=captioner.pad)
+        given |= dict(decoder_start_token_id=captioner.start[0], eos_token_id=captioner.end, pad_token_id=captioner.pad)
     if captioner.family == "git":
-        given |= dict(input_ids=torch.full((4, 1), captioner.start))
+        given |= dict(input_ids=torch.full((4, 1), captioner.start[0]))
     theirs = model.generate(pixel_values=captioner.pixels(images), **given)
-    ours = captioner.generate(features, 9, beams=beams)
+    ours = captioner.generate(features, 9, num_beams=beams)
     assert captioner.decode(ours) == captioner.decode(theirs)
+
+
+def test_a_prompt_comes_before_every_caption_and_is_not_scored(folder, images, monkeypatch):
+    """Sampled and scored after the prompt: generate's own log-probabilities, and no prompt in the text."""
+    captioner = distcap.Captioner.load(str(folder), prompt="a picture of")
+    prefix, words = len(captioner.start), "a dog with the red hat"
+    assert prefix > 3 and captioner.decode(captioner.tokenize([words], 40)) == [words]
+    assert captioner.tokenize([words, ""], 40)[:, :prefix].tolist() == [captioner.start] * 2
+    with torch.no_grad():
+        features = captioner.encode(captioner.pixels(images))
+    module, _ = captioner.writer(features, torch.tensor([captioner.start] * 4))
+    generate, seen = module.generate, {}
+
+    def spy(**options):
+        seen.update(generate(**options, return_dict_in_generate=True, output_scores=True))
+        return seen["sequences"]
+
+    monkeypatch.setattr(module, "generate", spy)
+    tokens = captioner.generate(features, 9, do_sample=True)
+    assert tokens[:, :prefix].tolist() == [captioner.start] * 4 and tokens.shape[1] <= prefix + 9
+    theirs = torch.stack(seen["scores"], dim=1).log_softmax(dim=-1).gather(2, tokens[:, prefix:, None]).squeeze(2)
+    with torch.no_grad():
+        ours = captioner.log_probs(features, tokens)
+    mask = captioner.mask(tokens)
+    assert mask.shape == ours.shape == theirs.shape
+    torch.testing.assert_close(ours * mask, theirs * mask, atol=2e-5, rtol=1e-5)
+
+
+def test_the_prompt_is_saved_and_only_a_foreign_blip_has_one(folder, tmp_path):
+    captioner = distcap.Captioner.load(str(folder))
+    assert captioner.prompt == ("a picture of" if captioner.family == "blip" else "")
+    distcap.Captioner.load(str(folder), prompt="a cat").save(tmp_path)
+    assert distcap.Captioner.load(str(tmp_path)).prompt == "a cat"
+    assert distcap.Captioner.load(str(tmp_path), prompt="").prompt == ""
 
 
 def test_both_stages_train_every_family(captioner, folder, clip, world):

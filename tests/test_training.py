@@ -20,7 +20,10 @@ def learner(world, clip):
 
 @pytest.fixture
 def batch(world, learner):
-    return distcap.read_batch([(3, 0), (7, 4), (11, 2), (19, 1)], world, learner.captioner)
+    """What `fit_captioner` hands to a step: indices, a ground-truth caption each, pixels."""
+    indices = [3, 7, 11, 19]
+    ground_truth = [world[index].references[reference] for index, reference in zip(indices, (0, 4, 2, 1))]
+    return indices, ground_truth, learner.captioner.pixels([world[index].image for index in indices])
 
 
 def configure(**values):
@@ -36,11 +39,21 @@ def gradients(learner, batch, config):
     return torch.cat([p.grad.flatten() for p in learner.captioner.parameters() if p.grad is not None]), record
 
 
-def test_a_batch_holds_what_the_schedule_says(world, batch):
-    indices, ground_truth, pixels = batch
-    assert indices == [3, 7, 11, 19] and pixels.shape == (4, 3, 32, 32)
-    assert ground_truth == [world[3].references[0], world[7].references[4], world[11].references[2],
-                            world[19].references[1]]  # fmt: skip
+@pytest.mark.parametrize("objective", ["tf", "rl"])
+def test_a_step_gets_what_the_schedule_says(learner, world, monkeypatch, objective):
+    seen = []
+
+    def step(learner, batch, config):
+        seen.append(batch)
+        return sum(p.sum() for p in learner.captioner.parameters()), {}
+
+    monkeypatch.setattr(distcap, "teacher_forcing_step" if objective == "tf" else "reinforce_step", step)
+    config = configure(steps=2, tf_steps=2, batch_size=4)
+    distcap.fit_captioner(learner, world, objective, config, io.StringIO())
+    for (indices, ground_truth, pixels), batch in zip(seen, distcap.schedule(world, 4, 2, config.seed)):
+        assert indices == [index for index, _ in batch]
+        assert ground_truth == [world[index].references[reference] for index, reference in batch]
+        torch.testing.assert_close(pixels, learner.captioner.pixels([world[index].image for index in indices]))
 
 
 def test_teacher_forcing_step_equals_the_loss_of_transformers(learner, batch):
