@@ -55,8 +55,6 @@ def explain(what: str, remedy: str = "") -> Iterator[None]:
     """Turn any error within into a UserError of one line: what it is about, what the error says, the remedy."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # damaged files make libraries raise all kinds
         reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
         raise UserError(f"{what} ({reason}){remedy}") from None
@@ -115,6 +113,9 @@ class CaptionConfig(Decoding):
     recursive: bool = option(True, "look into folders within folders")
     out: str | None = option(None, "write to this .jsonl file instead; one that is there is continued")
     overwrite: bool = option(False, "caption anew what has a caption in --out")
+    samples: int = option(0, "draw so many captions per picture; 0: beam search", minimum=0)
+    temperature: float = option(0.7, "of --samples; 1 is the captioner's own distribution", minimum=0.01)
+    rerank: bool = option(False, "of --samples (here 8), keep what best tells a picture from its batch (Eq. 6)")
     beams: int = option(3, "beam search width; 1 decodes greedily", minimum=1)
 
 
@@ -134,8 +135,7 @@ def configuration(cls, values: dict):
             values[each.name] = each.metadata.get("toy", each.default) if toy else each.default
         value, low, high = values[each.name], each.metadata.get("minimum"), each.metadata.get("maximum", math.inf)
         if None not in (value, low) and not low <= value <= high:
-            most = f" and at most {high}" if high < math.inf else ""
-            raise UserError(f"--{each.name.replace('_', '-')} {value}: must be at least {low}{most}")
+            raise UserError(f"--{each.name.replace('_', '-')} {value}: must be from {low} to {high}")
     if values["device"] == "auto":
         values["device"] = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with explain(f"--device {values['device']}: cannot be used", "; try auto"):
@@ -180,9 +180,7 @@ def parse(caption: str) -> tuple[str | None, ...] | None:
 def is_true(caption: str, scene: str) -> bool:
     """Whether the caption is well-formed and nothing it says is false of the scene. "and" says nothing of the order."""
     said, seen = parse(caption), parse(scene)
-    orders = [seen]
-    if said and said[3] == "and":
-        orders = [(*seen[:3], "and", *seen[4:]), (*seen[4:7], "and", *seen[:3], seen[7])]
+    orders = [seen, (*seen[:3], "and", *seen[4:]), (*seen[4:7], "and", *seen[:3], seen[7])]
     return bool(said) and any(all(word in (None, true) for word, true in zip(said, order)) for order in orders)
 
 
@@ -258,16 +256,12 @@ def load_image(image: Path | Image.Image) -> Image.Image:
 
 
 def find_images(paths: Iterable[str], recursive: bool = True) -> list[Path]:
-    """The pictures named, and those in the folders named, in order, each once; hidden ones only if they are named.
-
-    Links to folders are not followed: they may go in circles. A folder that cannot be read is found, and fails later.
-    """
-    found: dict[Path, None] = {}
+    """The pictures named, and those in the folders named, each once, in order; hidden ones only if they are named."""
+    found: dict[Path, None] = {}  # links to folders are not followed: they may go in circles
     for path in map(Path, paths):
         if not os.path.lexists(path):
             raise UserError(f"{path}: no such file or folder")
-        if not path.is_dir():
-            found[path] = None
+        # what is no folder, or cannot be read, is an error to os.walk, and found: it is a picture, or fails later
         for folder, inner, names in os.walk(path, onerror=lambda error: found.setdefault(Path(error.filename))):
             inner[:] = sorted(name for name in inner if recursive and not name.startswith("."))
             pictures = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
@@ -350,8 +344,8 @@ def schedule(examples: Sequence[Example], batch_size: int, steps: int, seed: int
 class Captioner(nn.Module):
     """A captioner p(c|i): BLIP, VisionEncoderDecoder (ViT-GPT2 and the like) or GIT, with its preprocessing.
 
-    `tokens` are (B, T): P of `start` (the start token and the prompt), words, end, then padding. The prompt is saved
-    with the model: what it learned with, it writes with. GIT has no features to reuse; there, they are the pixels.
+    `tokens` are (B, T): P of `start` (start token and prompt), words, end, padding. The prompt is saved with the model.
+    GIT has no features to reuse; there, they are the pixels.
     """
 
     def __init__(self, model: nn.Module, image_processor, tokenizer, prompt: str | None = None) -> None:
@@ -378,14 +372,14 @@ class Captioner(nn.Module):
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
         folder = local_folder(name, "captioner", "config.json")
-        with explain(f"{name}: cannot load this captioner", "; is it complete?"):
+        with explain(f"{name}: cannot load this captioner"):
             family = json.loads((folder / "config.json").read_text())["model_type"]
             if family not in (known := ("blip", "vision-encoder-decoder", "git")):
-                raise UserError(f"{name}: a model of type {family}; captioners are of type {', '.join(known)}")
+                raise ValueError(f"a model of type {family}; captioners are of type {', '.join(known)}")
             options = dict(dtype=torch.float32, output_loading_info=True)
             model, report = AutoModelForImageTextToText.from_pretrained(folder, **options)
             if report["missing_keys"]:
-                raise ValueError(f"it lacks the weights {min(report['missing_keys'])}")
+                raise ValueError(f"it lacks the weights {min(report['missing_keys'])}; is it complete?")
             parts = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
             return cls(model, *parts, prompt).eval().to(device)
 
@@ -487,8 +481,8 @@ def toy_captioner(seed: int) -> Captioner:
             sep_token_id=tokenizer.sep_token_id, pad_token_id=tokenizer.pad_token_id,
         ),
     )  # fmt: skip
-    pixels = BlipImageProcessor(size=dict(height=32, width=32))
-    return Captioner(BlipForConditionalGeneration(config), pixels, tokenizer, prompt="")
+    model, pixels = BlipForConditionalGeneration(config), BlipImageProcessor(size=dict(height=32, width=32))
+    return Captioner(model, pixels, tokenizer, prompt="")
 
 
 # ---- 4  CLIP: images and captions as unit rows -----------------------------------------------------------------------
@@ -553,18 +547,14 @@ def contrastive_reward(
         b(c, i) = s e_c.e_i - log sum_{i' != i} exp(s e_c.e_i')    text-to-image: does the caption pick its image?
 
     image_index[c] is c's own image. The reward is (a + b) / 2s; of one direction, a / s or b / s. The log-sum-exp is a
-    soft maximum: the strongest competitor is the baseline. Only the scored pair is left out: the ground truth and the
-    greedy caption of the same image compete. Without any competitor the log-sum-exp counts as zero. Masking first is
-    exact at any scale, where exp() and a subtraction, as in the authors' script, overflow.
+    soft maximum: the strongest competitor is the baseline; without any, it counts as zero. Only the scored pair is left
+    out: ground truth and greedy caption of its image compete. Masked first, it is exact at any scale; exp() overflows.
     """
     logits = logit_scale * caption_embeddings @ image_embeddings.T  # (C, I)
     own = logits.gather(1, image_index[:, None]).squeeze(1)  # (C,)
-
-    def soft_maximum(others: Tensor) -> Tensor:
-        return torch.where((value := others.logsumexp(dim=1)).isneginf(), 0.0, value)
-
-    image_to_text = own - soft_maximum(logits.T[image_index].fill_diagonal_(-torch.inf))
-    text_to_image = own - soft_maximum(logits.scatter(1, image_index[:, None], -torch.inf))
+    competitors = logits.T[image_index].fill_diagonal_(-torch.inf), logits.scatter(1, image_index[:, None], -torch.inf)
+    soft_maxima = [torch.where((value := each.logsumexp(dim=1)).isneginf(), 0.0, value) for each in competitors]
+    image_to_text, text_to_image = own - soft_maxima[0], own - soft_maxima[1]
     both = (image_to_text + text_to_image) / 2
     return {"both": both, "image-to-text": image_to_text, "text-to-image": text_to_image}[direction] / logit_scale
 
@@ -656,9 +646,8 @@ def reinforce_step(learner: Learner, batch: tuple, config: TrainConfig) -> tuple
     sampled = captioner.generate(features.detach(), config.max_length, do_sample=True)
     greedy = captioner.generate(features.detach(), config.max_length)
     pool = captioner.decode(sampled) + ground_truth + captioner.decode(greedy)  # C = 3B captions
-    caption_embeddings = learner.clip.embed_captions(pool)
-    image_embeddings = learner.image_embeddings[indices]
-    rewards, accuracy = pool_rewards(learner, caption_embeddings, image_embeddings, config)
+    embeddings = learner.clip.embed_captions(pool)
+    rewards, accuracy = pool_rewards(learner, embeddings, learner.image_embeddings[indices], config)
     sampled_rewards, ground_truth_rewards, greedy_rewards = rewards.chunk(3)
     if config.baseline == "greedy":
         advantages = self_critical_advantages(sampled_rewards, greedy_rewards)
@@ -828,9 +817,12 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 
 # ---- 10  Command line ------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def write_captions(captioner: Captioner, images: Sequence[Path], config: Decoding) -> Iterator[str | UserError]:
-    """For each picture, in order, its caption, or the error that its file gave."""
+def write_captions(
+    captioner: Captioner, images: Sequence[Path], config: Decoding, clip: CLIP | None = None, **decoding
+) -> Iterator[list[str] | UserError]:
+    """For each picture, in order, its captions, or the error that its file gave; with a `clip`, only the best one."""
     for start in tqdm(range(0, len(images), config.batch_size), "caption", disable=None):
+        torch.manual_seed(config.seed * 1_000_003 + start)
         loaded: list[Image.Image | UserError] = []
         for image in images[start : start + config.batch_size]:
             try:
@@ -839,9 +831,19 @@ def write_captions(captioner: Captioner, images: Sequence[Path], config: Decodin
                 loaded.append(error)
         captions = iter(())
         if good := [image for image in loaded if isinstance(image, Image.Image)]:
-            features = captioner.encode(captioner.pixels(good))
-            captions = iter(captioner.decode(captioner.generate(features, config.max_length, num_beams=config.beams)))
-        yield from (image if isinstance(image, UserError) else next(captions) for image in loaded)
+            features, options = captioner.encode(captioner.pixels(good)), {"num_beams": config.beams} | decoding
+            written = captioner.decode(captioner.generate(features, config.max_length, **options))
+            written = rerank(written, clip, clip.embed_images(good)) if clip else written
+            captions = zip(*[iter(written)] * (len(written) // len(good)))
+        yield from (image if isinstance(image, UserError) else list(next(captions)) for image in loaded)
+
+
+def rerank(captions: Sequence[str], clip: CLIP, image_embeddings: Tensor) -> list[str]:
+    """Of the N captions of each of B images the one with the highest reward of Eq. 6, all B * N competing."""
+    count = len(captions) // len(image_embeddings)
+    own = torch.arange(len(image_embeddings), device=image_embeddings.device).repeat_interleave(count)
+    rewards = contrastive_reward(clip.embed_captions(captions), image_embeddings, own, clip.logit_scale)
+    return [captions[row * count + best] for row, best in enumerate(rewards.view(-1, count).argmax(dim=1).tolist())]
 
 
 def clip_name(config: Decoding) -> str:
@@ -851,7 +853,7 @@ def clip_name(config: Decoding) -> str:
     return config.clip or "ViT-B-32/openai"
 
 
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig) -> None:
     """`distcap train`: see TrainConfig."""
     out, toy = Path(config.out or f"runs/{Path(config.data).resolve().name}"), config.data == "toy"
     if out.exists():
@@ -883,10 +885,10 @@ def train(config: TrainConfig) -> int:
         learner = Learner(captioner, clip, embeddings, discriminator, optimizer)
         if config.objective == "rl":
             fit_captioner(learner, training, "tf", config, log)
-        captions = {"before": list(write_captions(captioner, images, config))}
+        captions = {"before": [each for (each,) in write_captions(captioner, images, config)]}
         fit_captioner(learner, training, config.objective, config, log)
     captioner.save(out / "captioner")
-    captions["after"] = list(write_captions(captioner, images, config))
+    captions["after"] = [each for (each,) in write_captions(captioner, images, config)]
     measured = {row: evaluate(captions[row], test, clip, test_embeddings) for row in captions}
     about = dict(split="test", images=len(test), seed=config.seed, beams=config.beams, max_length=config.max_length)
     about["versions"] = {name: version(name) for name in ("torch", "transformers", "open_clip_torch", "pycocoevalcap")}
@@ -896,7 +898,6 @@ def train(config: TrainConfig) -> int:
     print(table(measured))
     for row in about["captions"]:
         print("\n{file_name}\n  before  {before}\n  after   {after}".format_map(row))
-    return 0
 
 
 def caption(config: CaptionConfig) -> int:
@@ -910,14 +911,17 @@ def caption(config: CaptionConfig) -> int:
     names = {path: os.path.relpath(path, out.parent) if out else "" for path in found}
     paths, failures, saved = [path for path in found if config.overwrite or names[path] not in rows], [], 0.0
     captioner = Captioner.load(config.captioner, config.device, config.prompt) if paths else None
-    for path, written in zip(paths, write_captions(captioner, paths, config)):
+    clip = CLIP.load(clip_name(config), config.device) if paths and config.rerank else None
+    samples = config.samples or 8 * config.rerank
+    drawn = dict(do_sample=True, temperature=config.temperature, num_beams=1, num_return_sequences=samples)
+    for path, written in zip(paths, write_captions(captioner, paths, config, clip, **(drawn if samples else {}))):
         if isinstance(written, UserError):
             failures.append(written)
         elif out:
-            rows[names[path]] = rows.get(names[path], {}) | {"caption": [written]}
+            rows[names[path]] = rows.get(names[path], {}) | {"caption": written}
         else:
             name = str(path).translate({9: "\\t", 10: "\\n", 13: "\\r"})  # lest it look like two fields or lines
-            print(name, written, sep="\t", flush=True)
+            print(*(f"{name}\t{each}" for each in written), sep="\n", flush=True)
         if out and (path == paths[-1] or time.monotonic() > saved + 1):  # always whole, so never cut short
             write_rows(out, rows)
             saved = time.monotonic()
@@ -929,19 +933,18 @@ def caption(config: CaptionConfig) -> int:
     return 1 if failures else 0
 
 
-def evaluate_command(config: EvalConfig) -> int:
+def evaluate_command(config: EvalConfig) -> None:
     """`distcap eval`: see EvalConfig."""
     examples = read_examples(config.data)
     if config.out and not Path(config.out).parent.is_dir():
         raise UserError(f"--out {config.out}: the folder {Path(config.out).parent} is not there; make it first")
     captioner = Captioner.load(config.captioner, config.device, config.prompt)
     clip, images = CLIP.load(clip_name(config), config.device), [example.image for example in examples]
-    embeddings, captions = clip.embed_images(images), list(write_captions(captioner, images, config))
+    embeddings, captions = clip.embed_images(images), [each for (each,) in write_captions(captioner, images, config)]
     measures = evaluate(captions, examples, clip, embeddings)
     print(table({Path(config.data).resolve().name: measures}))
     if config.out:
         write_text(Path(config.out), json.dumps(measures, indent=2))
-    return 0
 
 
 VERBS = {"train": (TrainConfig, train), "caption": (CaptionConfig, caption), "eval": (EvalConfig, evaluate_command)}
@@ -984,13 +987,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # names need not be UTF-8; a notebook's streams cannot change
         getattr(stream, "reconfigure", dict)(encoding="utf-8", errors="surrogateescape")
     try:
-        return run(configuration(cls, values))
-    except BrokenPipeError:  # whoever read us has seen enough, as `head` does
+        return run(configuration(cls, values)) or 0
+    except (BrokenPipeError, KeyboardInterrupt) as stop:  # whoever read us has seen enough, as `head` does; or Ctrl-C
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("distcap: stopped", file=sys.stderr)
-        return 130
+        return 130 if isinstance(stop, KeyboardInterrupt) else 0
     except (UserError, OSError) as error:  # a full disk or a folder that must not be written to: no bug of ours
         print(f"distcap: {error}", file=sys.stderr)
         return 2

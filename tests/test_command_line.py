@@ -197,6 +197,24 @@ def test_a_folder_that_must_not_be_written_to_is_one_line(run, tmp_path, monkeyp
     assert "Permission denied" in last and str(out) in last and not out.exists()
 
 
+def test_samples_are_a_line_each_and_reranking_keeps_one_of_them(run, tmp_path, capsys):
+    command = ["caption", str(run / "test"), "--captioner", str(run), "--temperature", "1"]
+    assert distcap.main([*command, "--samples", "3"]) == 0
+    drawn = {}
+    for line in capsys.readouterr().out.splitlines():
+        path, caption = line.split("\t")
+        drawn.setdefault(path, []).append(caption)
+    assert len(drawn) == 40 and {len(each) for each in drawn.values()} == {3}
+    assert any(len(set(each)) > 1 for each in drawn.values())
+    assert distcap.main([*command, "--samples", "3", "--rerank"]) == 0
+    kept = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [path for path, _ in kept] == list(drawn)
+    assert all(caption in drawn[path] for path, caption in kept)  # the same seed draws the same
+    out = tmp_path / "x.jsonl"
+    assert distcap.main([*command, "--samples", "2", "--out", str(out)]) == 0
+    assert all(len(row["caption"]) == 2 for row in rows_of(out))
+
+
 def test_the_prompt_of_the_command_reaches_the_captioner(run, capsys, monkeypatch):
     seen, load = [], distcap.Captioner.load
     monkeypatch.setattr(distcap.Captioner, "load", lambda *given: seen.append(given[2]) or load(*given))
@@ -266,8 +284,8 @@ def test_a_reader_that_has_seen_enough_ends_caption_quietly(run):
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["train", "--batch-size", "-3"], "--batch-size -3: must be at least 1"),
-        (["train", "--similarity-weight", "1.5"], "--similarity-weight 1.5: must be at least 0 and at most 1"),
+        (["train", "--batch-size", "-3"], "--batch-size -3: must be from 1"),
+        (["train", "--similarity-weight", "1.5"], "--similarity-weight 1.5: must be from 0 to 1"),
         (["train", "--steps", "many"], "--steps"),
         (["train", "--objective", "ppo"], "'rl', 'tf'"),
         (["train", "--batch-size", "100", "--train-size", "50"], "--batch-size 100: only 50 training examples"),

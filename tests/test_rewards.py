@@ -102,3 +102,30 @@ def test_centred_advantages_have_mean_zero_and_forget_a_constant():
 def test_self_critical_advantages_by_hand():
     advantages = distcap.self_critical_advantages(torch.tensor([0.7, 0.2]), torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(advantages, torch.tensor([0.2, -0.3]))
+
+
+class FakeCLIP:
+    """Captions are their embeddings, written as digits."""
+
+    logit_scale = 10.0
+
+    def embed_captions(self, captions):
+        return torch.tensor([[float(x) for x in caption.split()] for caption in captions])
+
+
+def test_reranking_keeps_the_caption_with_the_highest_eq_6_among_all():
+    torch.manual_seed(3)
+    images = torch.nn.functional.normalize(torch.randn(4, 3), dim=1)
+    captions = torch.nn.functional.normalize(torch.randn(4, 5, 3), dim=2)
+    texts = [" ".join(map(repr, row.tolist())) for row in captions.view(-1, 3)]
+    index = torch.arange(4).repeat_interleave(5)
+    slow = slow_contrastive_reward(captions.view(-1, 3), images, index, 10.0, "both").view(4, 5)
+    best = [texts[5 * image + slow[image].argmax()] for image in range(4)]
+    assert distcap.rerank(texts, FakeCLIP(), images) == best
+    assert distcap.rerank(texts[:5], FakeCLIP(), images[:1])  # one picture: the others' part is empty
+
+
+def test_reranking_prefers_what_tells_the_pictures_apart_to_what_fits_both():
+    images = torch.nn.functional.normalize(torch.tensor([[1.0, 0.2], [0.2, 1.0]]), dim=1)
+    both, first, second = "0.7071 0.7071", "1 0", "0 1"
+    assert distcap.rerank([both, first, both, second], FakeCLIP(), images) == [first, second]
