@@ -1,0 +1,153 @@
+"""Section 10: a folder with a picture of every kind, and a broken one of every kind, goes through `distcap caption`."""
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image, features
+
+import distcap
+
+NOISE = Image.effect_noise((40, 30), 90)
+COLOUR = Image.merge("RGB", (NOISE, NOISE.rotate(180), NOISE.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
+PALETTE = COLOUR.quantize(8)
+NOT_UTF8 = os.fsdecode(b"caf\xe9.png")
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6  # orientation
+FRAMES = dict(save_all=True, append_images=[COLOUR.rotate(90)])
+GOOD = {  # name: (picture, how to save it)
+    **{f"a.{suffix}": (COLOUR, {}) for suffix in ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tiff")},
+    **({"a.avif": (COLOUR, {})} if features.check("avif") else {}),
+    **{name: (COLOUR, {}) for name in ("A.JPG", "日本 é.png", NOT_UTF8, "tab\there.png", "new\nline.png")},
+    **{name: (COLOUR, {}) for name in ("  two  spaces .png", "several.dots.tar.gz.png")},
+    **{name: (COLOUR, {}) for name in ("nested.png/a.jpg", "nested.png/deeper/a.png")},  # a folder named as a picture
+    **{f"animated.{suffix}": (COLOUR, FRAMES) for suffix in ("gif", "webp", "TIF")},
+    **{f"{mode}.png": (NOISE.convert(mode), {}) for mode in ("1", "L", "LA", "P", "I;16")},
+    **{f"{mode}.tiff": (NOISE.convert(mode), {}) for mode in ("PA", "F", "I;16")},
+    "CMYK.jpg": (COLOUR.convert("CMYK"), {}),
+    "RGBA.png": (COLOUR.convert("RGBA"), {}),
+    "P transparent.png": (PALETTE, {"transparency": bytes(range(0, 256, 32))}),
+    "P transparent.gif": (PALETTE, {"transparency": 3}),
+    "RGB transparent.png": (COLOUR, {"transparency": COLOUR.getpixel((0, 0))}),
+    "lzw.tiff": (COLOUR, {"compression": "tiff_lzw"}),
+    "rotated.jpg": (COLOUR, {"exif": ROTATED}),
+    "one pixel.png": (COLOUR.resize((1, 1)), {}),
+    "thin.png": (COLOUR.resize((900, 1)), {}),
+}
+LINKED = "linked.png"
+ORDER = sorted((*GOOD, LINKED), key=lambda name: (name.count("/"), name))  # a folder's own come before those within
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+IHDR = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0))
+BOMB = b"\x89PNG\r\n\x1a\n" + IHDR + chunk(b"IDAT", zlib.compress(bytes(999))) + chunk(b"IEND", b"")
+BROKEN = {  # name: (its bytes or, if made below, None; what the reason must say)
+    "empty.jpg": (b"", "cannot identify"),
+    "empty.gif": (b"", "cannot identify"),
+    "truncated.jpg": (".jpg", "truncated"),
+    "truncated.png": (".png", "truncated"),
+    "truncated.tiff": (".tiff", ""),  # libtiff and Pillow word it in many ways
+    "text.jpg": (b"no picture", "cannot identify"),
+    "page.png": (b"<!DOCTYPE html><title>404 Not Found</title>", "cannot identify"),
+    "random.webp": (bytes(n * n % 251 for n in range(999)), "cannot identify"),
+    "bomb.png": (BOMB, "decompression bomb"),
+    "pipe.png": (None, "no such file"),
+    "dangling.jpg": (None, "no such file"),
+    "denied.png": (".png", "Permission denied"),
+    "vanished.png": (".png", "no such file"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Every good and every broken picture, and what is to be passed over."""
+    folder, outside = tmp_path / "pictures", tmp_path / "outside"
+    for path in (outside, folder / "nested.png/deeper", folder / ".hidden"):
+        path.mkdir(parents=True)
+    for name, (picture, how) in GOOD.items():
+        picture.save(folder / name, **how)
+    for path in (outside / "a.png", folder / ".hidden.png", folder / ".hidden/a.png"):
+        COLOUR.save(path)
+    (folder / "notes.txt").write_text("no picture, and not called one")
+    (folder / LINKED).symlink_to(outside / "a.png")
+    (folder / "nested.png/loop").symlink_to(folder, target_is_directory=True)
+    for name, (content, _) in BROKEN.items():
+        if isinstance(content, str):
+            COLOUR.save(folder / name, **({"compression": "tiff_lzw"} if content == ".tiff" else {}))
+            content = (folder / name).read_bytes()
+            content = content[: len(content) // 2] if name.startswith("truncated") else content
+        if content is not None:
+            (folder / name).write_bytes(content)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "dangling.jpg").symlink_to(folder / "nowhere.jpg")
+
+    def refuse(path, *more, opened=Image.open, **options):  # a mode of 000 would not keep root out
+        if Path(path).name == "denied.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *more, **options)
+
+    def lose(*given, find=distcap.find_images):
+        COLOUR.save(folder / "vanished.png")
+        found = find(*given)
+        (folder / "vanished.png").unlink()
+        return found
+
+    monkeypatch.setattr(Image, "open", refuse)
+    monkeypatch.setattr(distcap, "find_images", lose)
+    return folder
+
+
+def complaints(stderr, folder):
+    """The names that standard error gives as broken, in order, each with its reason."""
+    lines = [line for line in os.fsdecode(stderr).split("\n") if line.startswith(f"distcap: {folder}")]
+    return [re.fullmatch(rf"distcap: {re.escape(str(folder))}/(.+?): (.*\S.*)", line).groups() for line in lines]
+
+
+def test_every_good_picture_is_captioned_and_every_broken_one_listed(run, folder, tmp_path, capsysbinary, monkeypatch):
+    assert len(BROKEN) >= 12 and len(ORDER) + len(BROKEN) >= 40
+    command = ["caption", str(folder), "--captioner", str(run), "--device", "cpu", "--batch-size", "7"]
+    assert distcap.main(command) == 1
+    streams = capsysbinary.readouterr()
+    lines = [line.split("\t") for line in os.fsdecode(streams.out).removesuffix("\n").split("\n")]
+    escaped = [f"{folder}/{name}".replace("\t", "\\t").replace("\n", "\\n") for name in ORDER]
+    assert [name for name, _ in lines] == escaped and all(caption.strip() for _, caption in lines)
+    listed = complaints(streams.err, folder)
+    assert [name for name, _ in listed] == sorted(BROKEN)
+    assert [(name, why) for name, why in listed if BROKEN[name][1] not in why] == []
+    assert streams.err.count(b"distcap:") == len(BROKEN)
+
+    out = tmp_path / "x.jsonl"
+    for captioned, kept in ((len(ORDER), 0), (0, len(ORDER))):  # started again, only the broken ones are tried again
+        assert distcap.main([*command, "--out", str(out)]) == 1
+        streams = capsysbinary.readouterr()
+        assert streams.out == b"" and complaints(streams.err, folder) == listed
+        total = b"distcap: %d captioned, %d failed, %d had a caption\n" % (captioned, len(BROKEN), kept)
+        assert streams.err.endswith(total)
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["file_name"] for row in rows] == [f"pictures/{name}" for name in ORDER]
+        assert [row["caption"] for row in rows] == [caption for _, caption in lines]
+
+    monkeypatch.setattr(sys, "stderr", sys.stdout)  # one stream, to see that the broken ones come last
+    assert distcap.main(command) == 1
+    merged = os.fsdecode(capsysbinary.readouterr().out).split("\n")
+    assert sum(line.startswith("distcap:") for line in merged[-len(BROKEN) - 1 :]) == len(BROKEN)
+
+
+def test_piped_into_head_it_ends_quietly(run, tmp_path):
+    for number in range(60):
+        COLOUR.rotate(number).save(tmp_path / f"{number:02}.png")
+    command = [sys.executable, distcap.__file__, "caption", tmp_path, "--captioner", run, "--batch-size", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        names = [process.stdout.readline().split("\t")[0] for _ in range(5)]
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0 and names == [str(tmp_path / f"{number:02}.png") for number in range(5)]
