@@ -234,6 +234,7 @@ def toy_world(seed: int, train_size: int, test_size: int) -> tuple[list[Example]
     return examples[:train_size], examples[train_size:]
 
 
+ESCAPES = {9: "\\t", 10: "\\n", 13: "\\r"}  # lest a file's name look like two fields or lines
 SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -895,9 +896,8 @@ def train(config: TrainConfig) -> None:
     rows = list(zip((example.image_id for example in test), *captions.values()))[:6]
     about["captions"] = [dict(zip(("file_name", *captions), row)) for row in rows]
     write_text(out / "results.json", json.dumps(measured | about, indent=2))
-    print(table(measured))
-    for row in about["captions"]:
-        print("\n{file_name}\n  before  {before}\n  after   {after}".format_map(row))
+    shown = ["\n{file_name}\n  before  {before}\n  after   {after}".format_map(row) for row in about["captions"]]
+    print(table(measured), *shown, sep="\n")
 
 
 def caption(config: CaptionConfig) -> int:
@@ -920,13 +920,12 @@ def caption(config: CaptionConfig) -> int:
         elif out:
             rows[names[path]] = rows.get(names[path], {}) | {"caption": written}
         else:
-            name = str(path).translate({9: "\\t", 10: "\\n", 13: "\\r"})  # lest it look like two fields or lines
-            print(*(f"{name}\t{each}" for each in written), sep="\n", flush=True)
+            print(*(f"{str(path).translate(ESCAPES)}\t{each}" for each in written), sep="\n", flush=True)
         if out and (path == paths[-1] or time.monotonic() > saved + 1):  # always whole, so never cut short
             write_rows(out, rows)
             saved = time.monotonic()
     for failure in failures:
-        print(f"distcap: {failure}", file=sys.stderr)
+        print(f"distcap: {str(failure).translate(ESCAPES)}", file=sys.stderr)
     if out:
         kept, failed = len(found) - len(paths), len(failures)
         print(f"distcap: {len(paths) - failed} captioned, {failed} failed, {kept} had a caption", file=sys.stderr)
@@ -983,6 +982,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     values = vars(parser.parse_args(arguments))
     cls, run = VERBS[values.pop("verb")]
     logging.getLogger().setLevel(logging.CRITICAL)  # the libraries announce what they load
+    logging.captureWarnings(True)  # and Pillow warns of what it reads all the same
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # names need not be UTF-8; a notebook's streams cannot change
         getattr(stream, "reconfigure", dict)(encoding="utf-8", errors="surrogateescape")

@@ -57,6 +57,7 @@ BROKEN = {  # name: (its bytes or, if made below, None; what the reason must say
     "truncated.png": (".png", "truncated"),
     "truncated.tiff": (".tiff", ""),  # libtiff and Pillow word it in many ways
     "text.jpg": (b"no picture", "cannot identify"),
+    "new\nbroken.png": (b"no picture", "cannot identify"),
     "page.png": (b"<!DOCTYPE html><title>404 Not Found</title>", "cannot identify"),
     "random.webp": (bytes(n * n % 251 for n in range(999)), "cannot identify"),
     "bomb.png": (BOMB, "decompression bomb"),
@@ -109,7 +110,8 @@ def folder(tmp_path, monkeypatch):
 def complaints(stderr, folder):
     """The names that standard error gives as broken, in order, each with its reason."""
     lines = [line for line in os.fsdecode(stderr).split("\n") if line.startswith(f"distcap: {folder}")]
-    return [re.fullmatch(rf"distcap: {re.escape(str(folder))}/(.+?): (.*\S.*)", line).groups() for line in lines]
+    found = [re.fullmatch(rf"distcap: {re.escape(str(folder))}/(.+?): (.*\S.*)", line).groups() for line in lines]
+    return [(name.replace("\\n", "\n"), why) for name, why in found]
 
 
 def test_every_good_picture_is_captioned_and_every_broken_one_listed(run, folder, tmp_path, capsysbinary, monkeypatch):
@@ -151,3 +153,10 @@ def test_piped_into_head_it_ends_quietly(run, tmp_path):
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 0 and names == [str(tmp_path / f"{number:02}.png") for number in range(5)]
+
+
+def test_what_pillow_warns_of_does_not_reach_standard_error(run, tmp_path):
+    COLOUR.resize((12000, 7600)).save(tmp_path / "large.png")  # over the size at which Pillow warns of a bomb
+    command = [sys.executable, distcap.__file__, "caption", tmp_path, "--captioner", run]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
