@@ -8,7 +8,7 @@ plain    transformers' BLIP, one picture at a time
 floor    encode and generate alone, on pixels that are in memory already, in batches like distcap's
 
 All beam-search the same random checkpoint, whose end never comes: every caption has exactly LENGTH words. The three
-take turns, so that other work on the machine hits them alike. Compare the ratios, not the seconds. With other work on,
+take turns, so that other work on the machine hits them alike. Compare the ratios, not the seconds. On a busy machine
 set OMP_WAIT_POLICY=passive: else torch's threads spin while they wait for each other, and the ratios mean nothing.
 """
 
