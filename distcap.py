@@ -12,11 +12,9 @@ Guided Reinforcement Learning" (arXiv 2402.13936). Equations are numbered as in 
 Read top to bottom: data flows down the file and never back up. Shape letters in comments: B images of a batch,
 C captions of the pool, T tokens, V vocabulary, D embedding width.
 
-Departures from the authors' released scripts, each explained where it happens: (1) the ground-truth term trains on the
-ground truth; (2) log-probabilities are averaged over real tokens, not padding; (3) samples are true samples, neither
-beam search nor top-k; (4) no dropout in RL; (5) the contrastive reward masks its own pair out and takes a log-sum-exp,
-which cannot overflow; (6) the samples' advantages are centred, for less variance; (7) a ground truth with a negative
-reward weighs zero, lest human text be unlearned; (8) measures that the reward cannot hack.
+Departures from the authors' scripts, explained in the README: (1) the ground-truth term trains on the ground truth;
+(2) log-probabilities are means over real tokens; (3) samples are samples; (4) no dropout in RL; (5) Eq. 6 masks its own
+pair out; (6) centred advantages; (7) no negative weight on ground truth; (8) measures that the reward cannot hack.
 """
 
 from __future__ import annotations
@@ -27,14 +25,13 @@ import dataclasses
 import itertools
 import json
 import logging
-import math
 import os
 import random
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -72,9 +69,7 @@ class Decoding:
 
     captioner: str | None = option("Salesforce/blip-image-captioning-base", "Hub name, folder or run folder", toy=None)
     clip: str | None = option(None, "open_clip NAME/TAG, hf-hub:NAME, a folder, or a run folder of `train`")
-    prompt: str | None = option(
-        None, "words that captions continue (default: as trained; else, of a BLIP, a picture of)"
-    )
+    prompt: str | None = option(None, "words to continue (default: as trained; else, of a BLIP, a picture of)")
     beams: int = option(1, "beam search width; 1 decodes greedily", minimum=1)
     max_length: int = option(20, "most tokens in a caption", minimum=1)
     batch_size: int = option(64, "pictures per batch", minimum=1)
@@ -88,9 +83,11 @@ class TrainConfig(Decoding):
 
     data: str = option("toy", "toy (the built-in world), or a folder with metadata.jsonl", positional="?")
     out: str | None = option(None, "run folder (default: runs/<name of data>)")
-    objective: str = option("rl", "rl: Eq. 2-6 after teacher forcing; tf: teacher forcing only", choices=("rl", "tf"))
-    baseline: str = option("contrastive", "Eq. 6, or the greedy caption (Eq. 7)", choices=("contrastive", "greedy"))
-    direction: str = option("both", "direction of Eq. 6", choices=("both", "image-to-text", "text-to-image"))
+    objective: str = option("rl", "rl: Eq. 2-9 after teacher forcing; tf: teacher forcing only", choices="rl tf")
+    baseline: str = option("contrastive", "Eq. 6, 7, 9, 8 or none", choices="contrastive greedy group neighbours none")
+    direction: str = option("both", "direction of Eq. 6", choices="both image-to-text text-to-image")
+    samples: int = option(1, "captions drawn per picture", minimum=1)
+    neighbours: int = option(0, "similar images of Eq. 8; with Eq. 6, they compete", minimum=0)
     similarity_weight: float = option(0.94, "alpha of Eq. 3; the discriminator weighs the rest", minimum=0, maximum=1)
     sampled_weight: float = option(1.0, "weight of REINFORCE on sampled captions (Eq. 2)", minimum=0)
     ground_truth_weight: float = option(1.0, "weight of REINFORCE on ground truth (Eq. 5)", toy=2.0, minimum=0)
@@ -133,7 +130,7 @@ def configuration(cls, values: dict):
     for each in dataclasses.fields(cls):
         if values.get(each.name) is None:
             values[each.name] = each.metadata.get("toy", each.default) if toy else each.default
-        value, low, high = values[each.name], each.metadata.get("minimum"), each.metadata.get("maximum", math.inf)
+        value, low, high = values[each.name], each.metadata.get("minimum"), each.metadata.get("maximum", float("inf"))
         if None not in (value, low) and not low <= value <= high:
             raise UserError(f"--{each.name.replace('_', '-')} {value}: must be from {low} to {high}")
     if values["device"] == "auto":
@@ -184,19 +181,8 @@ def is_true(caption: str, scene: str) -> bool:
     return bool(said) and any(all(word in (None, true) for word, true in zip(said, order)) for order in orders)
 
 
-def describe(scene: str, keep: float, rng: random.Random) -> str:
-    """An alt text: the scene's description with each attribute kept with probability `keep`; "and" drops the order."""
-    size1, colour1, shape1, relation, size2, colour2, shape2, background = (
-        word if index in (2, 6) or rng.random() < keep else None for index, word in enumerate(parse(scene))
-    )
-    nouns = [" ".join(filter(None, noun)) for noun in (("a", size1, colour1, shape1), ("a", size2, colour2, shape2))]
-    if relation is None and rng.random() < 0.5:
-        nouns.reverse()
-    return f" {relation or 'and'} ".join(nouns) + (f" on a {background} background" if background else "")
-
-
 def write_references(scene: str, rng: random.Random, count: int = 5, generic: float = 0.7) -> tuple[str, ...]:
-    """What people might write: most often something generic, now and then the whole scene."""
+    """What people might write: something generic, or else the whole scene."""
     _, colour1, shape1, _, _, colour2, shape2, background = parse(scene)
     coloured = f"a {colour1} {shape1} and a {colour2} {shape2}"
     choices = (coloured, coloured, f"a {shape1} and a {shape2}", f"two shapes on a {background} background")
@@ -262,7 +248,7 @@ def find_images(paths: Iterable[str], recursive: bool = True) -> list[Path]:
     for path in map(Path, paths):
         if not os.path.lexists(path):
             raise UserError(f"{path}: no such file or folder")
-        # what is no folder, or cannot be read, is an error to os.walk, and found: it is a picture, or fails later
+        # what os.walk cannot walk through is found, too: it is a picture, or fails later
         for folder, inner, names in os.walk(path, onerror=lambda error: found.setdefault(Path(error.filename))):
             inner[:] = sorted(name for name in inner if recursive and not name.startswith("."))
             pictures = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
@@ -288,9 +274,9 @@ def read_rows(path: Path) -> dict[str, dict]:
 
 def write_rows(path: Path, rows: dict[str, dict]) -> None:
     """Write what `read_rows` reads, whole or not at all."""
-    captions = {name: row["caption"] if len(row["caption"]) > 1 else row["caption"][0] for name, row in rows.items()}
-    lines = [{"file_name": name} | row | {"caption": captions[name]} for name, row in rows.items()]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    single = {name: {"caption": row["caption"][0]} for name, row in rows.items() if len(row["caption"]) == 1}
+    lines = (json.dumps({"file_name": name} | row | single.get(name, {})) for name, row in rows.items())
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def read_examples(folder: str) -> list[Example]:
@@ -333,11 +319,9 @@ def write_text(path: Path, text: str) -> None:
 
 def schedule(examples: Sequence[Example], batch_size: int, steps: int, seed: int) -> Iterator[list[tuple[int, int]]]:
     """For each step a batch of (index of an example, index of the reference that is its ground truth)."""
-    rng, order = random.Random(seed), []
-    for _ in range(steps):
-        if len(order) < batch_size:  # across epochs, a batch might hold a picture twice: its own rival in Eq. 6
-            order = rng.sample(range(len(examples)), len(examples))
-        batch, order = order[:batch_size], order[batch_size:]
+    rng = random.Random(seed)
+    for _ in range(steps):  # drawn anew, never twice in a batch: a picture would be its own rival in Eq. 6
+        batch = rng.sample(range(len(examples)), batch_size)
         yield [(index, rng.randrange(len(examples[index].references))) for index in batch]
 
 
@@ -345,8 +329,7 @@ def schedule(examples: Sequence[Example], batch_size: int, steps: int, seed: int
 class Captioner(nn.Module):
     """A captioner p(c|i): BLIP, VisionEncoderDecoder (ViT-GPT2 and the like) or GIT, with its preprocessing.
 
-    `tokens` are (B, T): P of `start` (start token and prompt), words, end, padding. The prompt is saved with the model.
-    GIT has no features to reuse; there, they are the pixels.
+    `tokens` are (B, T): P of `start` (start token and prompt, saved with the model), words, end, padding.
     """
 
     def __init__(self, model: nn.Module, image_processor, tokenizer, prompt: str | None = None) -> None:
@@ -397,7 +380,7 @@ class Captioner(nn.Module):
         """Image features (B, N, H), computed once and used by everything below."""
         pixels = pixels.to(self.model.device)
         if self.family == "git":
-            return pixels
+            return pixels  # it has no features to reuse
         return (self.model.vision_model if self.family == "blip" else self.model.encoder)(pixels).last_hidden_state
 
     def writer(self, features: Tensor, tokens: Tensor) -> tuple[nn.Module, dict]:
@@ -450,9 +433,8 @@ def local_folder(name: str, inside: str, wanted: str) -> Path:
             return folder
     if Path(name).exists():
         raise UserError(f"{name}: not a checkpoint: no {wanted} and no {inside}/{wanted} in it")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # fails at once without the Hub; the libraries try for a minute
 
-    # without the Hub, this takes the cache or fails at once; the libraries' own loading retries for a minute
     patterns = ["*.json", "*.txt", "*.model", "open_clip_*.safetensors" if inside == "clip" else "*.safetensors"]
     with explain(f"{name}: not a folder, nor to be had from the Hugging Face Hub", "; give a folder, such as runs/toy"):
         return Path(snapshot_download(name, allow_patterns=patterns))
@@ -548,8 +530,7 @@ def contrastive_reward(
         b(c, i) = s e_c.e_i - log sum_{i' != i} exp(s e_c.e_i')    text-to-image: does the caption pick its image?
 
     image_index[c] is c's own image. The reward is (a + b) / 2s; of one direction, a / s or b / s. The log-sum-exp is a
-    soft maximum: the strongest competitor is the baseline; without any, it counts as zero. Only the scored pair is left
-    out: ground truth and greedy caption of its image compete. Masked first, it is exact at any scale; exp() overflows.
+    soft maximum: the strongest competitor is the baseline; without any, it is zero. Only the scored pair is left out.
     """
     logits = logit_scale * caption_embeddings @ image_embeddings.T  # (C, I)
     own = logits.gather(1, image_index[:, None]).squeeze(1)  # (C,)
@@ -560,14 +541,25 @@ def contrastive_reward(
     return {"both": both, "image-to-text": image_to_text, "text-to-image": text_to_image}[direction] / logit_scale
 
 
+def nearest_images(image_embeddings: Tensor, count: int) -> Tensor:
+    """The `count` most similar other images of each image, as indices, most similar first: (N, D) -> (N, count)."""
+    found = []
+    for start in range(0, len(image_embeddings), 1024):  # rows at a time: never an N x N matrix
+        similarity = image_embeddings[start : start + 1024] @ image_embeddings.T
+        similarity.diagonal(start).fill_(-torch.inf)  # no image is its own neighbour
+        found.append(similarity.topk(count, dim=1).indices)
+    return torch.cat(found)
+
+
+def neighbours_reward(caption_embeddings: Tensor, image_embeddings: Tensor, neighbour_embeddings: Tensor) -> Tensor:
+    """Cosine with the own image less the mean over its similar images (Eq. 8): (C, D), (C, D), (C, N, D) -> (C,)."""
+    others = torch.einsum("cd,cnd->cn", caption_embeddings, neighbour_embeddings)
+    return similarity_reward(caption_embeddings, image_embeddings) - others.mean(dim=1)
+
+
 def mixed_reward(similarity: Tensor, regularizer: Tensor, similarity_weight: float) -> Tensor:
     """r = alpha r_sim + (1 - alpha) r_reg (Eq. 3), elementwise."""
     return similarity_weight * similarity + (1 - similarity_weight) * regularizer
-
-
-def centred_advantages(rewards: Tensor) -> Tensor:
-    """A = r - the batch's mean reward: (B,) -> (B,). For Eq. 6, whose own baseline is inside the reward."""
-    return rewards - rewards.mean()
 
 
 def self_critical_advantages(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
@@ -575,18 +567,21 @@ def self_critical_advantages(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
     return rewards - greedy_rewards
 
 
+def group_advantages(rewards: Tensor) -> Tensor:
+    """A = r - the mean reward of the other samples of the same image (Eq. 9): (B, K) -> (B, K), K > 1."""
+    others = rewards.sum(dim=1, keepdim=True) - rewards
+    return rewards - others / (rewards.shape[1] - 1)
+
+
 # ---- 6  Discriminator: is this caption human? ------------------------------------------------------------------------
-class Discriminator(nn.Module):
+class Discriminator(nn.Sequential):
     """D(i, c) of Eq. 4: two hidden layers on e_i and e_c side by side; `forward` gives logits (C,)."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(2 * width, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 1)
-        )
+        super().__init__(nn.Linear(2 * width, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 1))
 
     def forward(self, image_embeddings: Tensor, caption_embeddings: Tensor) -> Tensor:
-        return self.layers(torch.cat([image_embeddings, caption_embeddings], dim=1)).squeeze(1)
+        return super().forward(torch.cat([image_embeddings, caption_embeddings], dim=1)).squeeze(1)
 
 
 def discriminator_loss(sampled_logits: Tensor, ground_truth_logits: Tensor) -> Tensor:
@@ -622,73 +617,9 @@ def ground_truth_loss(log_probs: Tensor, mask: Tensor, advantages: Tensor) -> Te
 
 
 # ---- 8  Training -----------------------------------------------------------------------------------------------------
-@dataclass
-class Learner:
-    """The captioner that learns and what teaches it: CLIP, its embeddings (N, D) of the training images, Eq. 4."""
-
-    captioner: Captioner
-    clip: CLIP
-    image_embeddings: Tensor
-    discriminator: Discriminator
-    discriminator_optimizer: torch.optim.Optimizer
-
-
-def teacher_forcing_step(learner: Learner, batch: tuple, config: TrainConfig) -> tuple[Tensor, dict[str, float]]:
-    """The loss of Eq. 1 on a batch (indices, ground truth, pixels), and what to log."""
-    captioner, (_, ground_truth, pixels) = learner.captioner, batch
-    tokens = captioner.tokenize(ground_truth, config.max_length)
-    return teacher_forcing_loss(captioner.log_probs(captioner.encode(pixels), tokens), captioner.mask(tokens)), {}
-
-
-def reinforce_step(learner: Learner, batch: tuple, config: TrainConfig) -> tuple[Tensor, dict[str, float]]:
-    """The loss of Eq. 2-6 on a batch, and what to log. Also takes the discriminator's step."""
-    captioner, (indices, ground_truth, pixels) = learner.captioner, batch
-    features = captioner.encode(pixels)  # (B, N, H): once, for all that follows
-    sampled = captioner.generate(features.detach(), config.max_length, do_sample=True)
-    greedy = captioner.generate(features.detach(), config.max_length)
-    pool = captioner.decode(sampled) + ground_truth + captioner.decode(greedy)  # C = 3B captions
-    embeddings = learner.clip.embed_captions(pool)
-    rewards, accuracy = pool_rewards(learner, embeddings, learner.image_embeddings[indices], config)
-    sampled_rewards, ground_truth_rewards, greedy_rewards = rewards.chunk(3)
-    if config.baseline == "greedy":
-        advantages = self_critical_advantages(sampled_rewards, greedy_rewards)
-        ground_truth_advantages = self_critical_advantages(ground_truth_rewards, greedy_rewards)
-    else:  # Eq. 6 has its baseline inside: the ground truth's reward says how far it beats its competitors
-        advantages, ground_truth_advantages = centred_advantages(sampled_rewards), ground_truth_rewards
-    rows = [*sampled, *captioner.tokenize(ground_truth, config.max_length)]
-    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=captioner.pad)  # (2B, T)
-    log_probs = captioner.log_probs(torch.cat([features, features]), tokens)
-    sampled_log_probs, ground_truth_log_probs = log_probs.chunk(2)
-    sampled_mask, ground_truth_mask = captioner.mask(tokens).chunk(2)
-    sampled_loss = reinforce_loss(sampled_log_probs, sampled_mask, advantages)
-    human_loss = ground_truth_loss(ground_truth_log_probs, ground_truth_mask, ground_truth_advantages)
-    return config.sampled_weight * sampled_loss + config.ground_truth_weight * human_loss, {
-        "reward": sampled_rewards.mean().item(),
-        "ground_truth_reward": ground_truth_rewards.mean().item(),
-        "discriminator_accuracy": accuracy,
-        "mean_length": sampled_mask.sum(dim=1).mean().item(),
-    }
-
-
-def pool_rewards(learner: Learner, captions: Tensor, images: Tensor, config: TrainConfig) -> tuple[Tensor, float]:
-    """Rewards (Eq. 3) of sampled, ground truth, greedy, and a step of Eq. 4: (3B, D), (B, D) -> (3B,), its accuracy."""
-    own = torch.arange(len(images), device=images.device).repeat(3)  # (C,): the row of each caption's image
-    if config.baseline == "contrastive":
-        similarity = contrastive_reward(captions, images, own, learner.clip.logit_scale, config.direction)
-    else:
-        similarity = similarity_reward(captions, images[own])
-    logits = learner.discriminator(images[own], captions)  # (C,), before its step
-    sampled, ground_truth, _ = logits.chunk(3)
-    learner.discriminator_optimizer.zero_grad()
-    discriminator_loss(sampled, ground_truth).backward()
-    learner.discriminator_optimizer.step()
-    accuracy = torch.cat([sampled < 0, ground_truth > 0]).float().mean().item()
-    return mixed_reward(similarity, logits.detach().sigmoid(), config.similarity_weight), accuracy
-
-
 def fit(stage: str, model: nn.Module, step: Callable, batches, learning_rate: float, config: TrainConfig, log) -> None:
-    """The loop of every stage: batch -> `step(batch)`, a loss and what to log -> gradient -> AdamW, one cycle."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    """The loop of every stage: batch -> `step`, a loss and what to log -> gradient, if finite -> AdamW, one cycle."""
+    optimizer, bad = torch.optim.AdamW(model.parameters(), lr=learning_rate), 0
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(len(batches), 2))
     bar = tqdm(batches, stage, disable=None)
     for number, batch in enumerate(bar):
@@ -696,8 +627,12 @@ def fit(stage: str, model: nn.Module, step: Callable, batches, learning_rate: fl
         loss, record = step(batch)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
-        optimizer.step()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
+        bad = 0 if torch.isfinite(loss + norm) else bad + 1
+        if bad == 10:
+            raise UserError(f"{stage}: ten steps in a row were not finite; try a lower --learning-rate")
+        if not bad:
+            optimizer.step()
         cycle.step()
         log.write(json.dumps({"stage": stage, "step": number, "loss": loss.item(), **record}) + "\n")
         bar.set_postfix({name: f"{value:.3f}" for name, value in record.items()})
@@ -711,7 +646,6 @@ def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, log
     tower = dict(width=width, layers=2)
     text = dict(tower, heads=3, context_length=20, vocab_size=len(toy_tokenizer()), hf_tokenizer_name="toy")
     shape = dict(embed_dim=width, vision_cfg=dict(tower, head_width=32, image_size=32, patch_size=8), text_cfg=text)
-    folder.mkdir(parents=True, exist_ok=True)
     toy_tokenizer().save_pretrained(folder)
     write_text(folder / "open_clip_config.json", json.dumps({"model_cfg": shape, "preprocess_cfg": {}}, indent=2))
     torch.manual_seed(config.seed)
@@ -721,8 +655,9 @@ def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, log
     rng = random.Random(config.seed)
 
     def step(batch: Sequence[tuple[int, int]]) -> tuple[Tensor, dict[str, float]]:
-        texts = [describe(examples[index].scene, 0.75, rng) for index, _ in batch]
-        return contrastive_loss(*model(pixels[[index for index, _ in batch]], tokenizer(texts).to(pixels.device))), {}
+        indices = [index for index, _ in batch]
+        texts = [write_references(examples[index].scene, rng, 1, generic=0.2)[0] for index in indices]
+        return contrastive_loss(*model(pixels[indices], tokenizer(texts).to(pixels.device))), {}
 
     batches = list(schedule(examples, min(128, len(examples)), config.clip_steps, config.seed))
     fit("clip", model, step, batches, 2e-3, config, log)
@@ -730,23 +665,92 @@ def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, log
     return CLIP.load(str(folder), config.device)
 
 
-def fit_captioner(learner: Learner, examples: Sequence[Example], objective: str, config: TrainConfig, log) -> None:
-    """Run one stage of the captioner: `tf`, by Eq. 1, or `rl`, by Eq. 2-6."""
-    step, steps, rate = {
-        "tf": (teacher_forcing_step, config.tf_steps, config.tf_learning_rate),
-        "rl": (reinforce_step, config.steps, config.learning_rate),
-    }[objective]
-    captioner = learner.captioner.train(objective == "tf")  # in RL no dropout: score the policy that was sampled
+class Learner:
+    """A captioner that learns from examples, and what teaches it. A step takes B indices of examples, a ground-truth
+    caption of each, and their pixels; it gives a loss and what to log."""
 
-    def read_and_step(batch: Sequence[tuple[int, int]]) -> tuple[Tensor, dict[str, float]]:
-        indices = [index for index, _ in batch]
-        ground_truth = [examples[index].references[reference] for index, reference in batch]
-        pixels = captioner.pixels([load_image(examples[index].image) for index in indices])  # (B, 3, H, W)
-        return step(learner, (indices, ground_truth, pixels), config)
+    def __init__(self, captioner: Captioner, clip: CLIP, examples: Sequence[Example], config: TrainConfig) -> None:
+        self.captioner, self.clip, self.examples, self.config = captioner, clip, examples, config
+        self.images = clip.embed_images(example.image for example in examples)  # (N, D), once for all epochs
+        self.neighbours = nearest_images(self.images, config.neighbours)  # (N, n)
+        torch.manual_seed(config.seed)
+        self.discriminator = Discriminator(self.images.shape[1]).to(clip.device)
+        self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=config.discriminator_learning_rate)
 
-    batches = list(schedule(examples, config.batch_size, steps, config.seed))
-    fit(objective, captioner, read_and_step, batches, rate, config, log)
-    captioner.eval()
+    def fit(self, objective: str, log) -> None:
+        """Run one stage: `tf`, by Eq. 1, or `rl`, by Eq. 2-9."""
+        config, step, steps, rate = self.config, self.reinforce_step, self.config.steps, self.config.learning_rate
+        if objective == "tf":
+            step, steps, rate = self.teacher_forcing_step, config.tf_steps, config.tf_learning_rate
+        self.captioner.train(objective == "tf")  # in RL no dropout: score the policy that was sampled
+
+        def read_and_step(batch: Sequence[tuple[int, int]]) -> tuple[Tensor, dict[str, float]]:
+            chosen = [self.examples[index] for index, _ in batch]
+            ground_truth = [example.references[which] for example, (_, which) in zip(chosen, batch)]
+            pixels = self.captioner.pixels([load_image(example.image) for example in chosen])  # (B, 3, H, W)
+            return step(torch.tensor([index for index, _ in batch]).to(self.images.device), ground_truth, pixels)
+
+        batches = list(schedule(self.examples, config.batch_size, steps, config.seed))
+        fit(objective, self.captioner, read_and_step, batches, rate, config, log)
+        self.captioner.eval()
+
+    def teacher_forcing_step(self, indices: Tensor, ground_truth: list[str], pixels: Tensor) -> tuple[Tensor, dict]:
+        """The loss of Eq. 1."""
+        tokens = self.captioner.tokenize(ground_truth, self.config.max_length)
+        log_probs = self.captioner.log_probs(self.captioner.encode(pixels), tokens)
+        return teacher_forcing_loss(log_probs, self.captioner.mask(tokens)), {}
+
+    def reinforce_step(self, indices: Tensor, ground_truth: list[str], pixels: Tensor) -> tuple[Tensor, dict]:
+        """The loss of Eq. 2-9. The discriminator takes its step, too."""
+        captioner, config, features = self.captioner, self.config, self.captioner.encode(pixels)  # (B, N, H), once
+        seen, longest, count = features.detach(), config.max_length, config.samples
+        sampled = captioner.generate(seen, longest, do_sample=True, num_return_sequences=count)  # an image's K in a row
+        human, greedy = captioner.tokenize(ground_truth, longest), captioner.generate(seen, longest)
+        pool = [*sampled, *human, *greedy]  # C = KB + B + B captions
+        tokens = nn.utils.rnn.pad_sequence(pool, batch_first=True, padding_value=captioner.pad)  # (C, T)
+        captions = self.clip.embed_captions(captioner.decode(sampled) + ground_truth + captioner.decode(greedy))
+        rows, sizes = torch.arange(len(indices), device=indices.device), (len(sampled), len(human), len(greedy))
+        own = torch.cat([rows.repeat_interleave(count), rows, rows])  # (C,): whose caption it is, a row of the batch
+        similarity = self.similarity_rewards(captions, indices, own)
+        logits = self.discriminator(self.images[indices][own], captions)  # (C,), before its step
+        sampled_logits, human_logits, _ = logits.split(sizes)
+        self.optimizer.zero_grad()
+        discriminator_loss(sampled_logits, human_logits).backward()
+        self.optimizer.step()
+        rewards = mixed_reward(similarity, logits.detach().sigmoid(), config.similarity_weight)  # (C,)
+        advantages, human_advantages = self.advantages(*rewards.split(sizes))
+        drawn, trained = len(sampled), len(sampled) + len(human)
+        log_probs = captioner.log_probs(features[own[:trained]], tokens[:trained])  # one pass for both terms
+        mask = captioner.mask(tokens[:trained])
+        sampled_loss = reinforce_loss(log_probs[:drawn], mask[:drawn], advantages)
+        human_loss = ground_truth_loss(log_probs[drawn:], mask[drawn:], human_advantages)
+        return config.sampled_weight * sampled_loss + config.ground_truth_weight * human_loss, {
+            "reward": rewards[:drawn].mean().item(),
+            "ground_truth_reward": rewards[drawn:trained].mean().item(),
+            "discriminator_accuracy": torch.cat([sampled_logits < 0, human_logits > 0]).float().mean().item(),
+            "mean_length": mask[:drawn].sum(dim=1).mean().item(),
+        }
+
+    def similarity_rewards(self, captions: Tensor, indices: Tensor, own: Tensor) -> Tensor:
+        """r_sim: Eq. 6, Eq. 8 or, for other baselines, the cosine with the own image: (C, D), (B,), (C,) -> (C,)."""
+        images, near = self.images[indices], self.neighbours[indices]  # (B, D), (B, n)
+        if self.config.baseline == "contrastive":
+            images = torch.cat([images, self.images[near[~torch.isin(near, indices)].unique()]])  # hard negatives
+            return contrastive_reward(captions, images, own, self.clip.logit_scale, self.config.direction)
+        if self.config.baseline == "neighbours":
+            return neighbours_reward(captions, images[own], self.images[near[own]])
+        return similarity_reward(captions, images[own])
+
+    def advantages(self, sampled: Tensor, ground_truth: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewards (KB,), (B,), (B,) -> advantages of the sampled (KB,) and of the ground-truth captions (B,)."""
+        groups = sampled.view(len(greedy), -1)  # (B, K)
+        if self.config.baseline == "greedy":
+            own = greedy.repeat_interleave(groups.shape[1])
+            return self_critical_advantages(sampled, own), self_critical_advantages(ground_truth, greedy)
+        if self.config.baseline == "group":
+            return group_advantages(groups).flatten(), ground_truth - groups.mean(dim=1)
+        # Eq. 6 has its baseline inside: the ground truth's reward says how far it beats its competitors
+        return sampled - sampled.mean() if self.config.baseline == "contrastive" else sampled, ground_truth
 
 
 # ---- 9  Evaluation ---------------------------------------------------------------------------------------------------
@@ -768,9 +772,7 @@ def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor) -> dict[str,
 
 def ngram_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """BLEU-4, ROUGE-L and CIDEr by pycocoevalcap, on lower-case words without punctuation."""
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.eval import Bleu, Cider, Rouge
 
     def words(texts: Sequence[str]) -> list[str]:
         return [" ".join(re.findall(r"\w+(?:['-]\w+)*", text.lower())) for text in texts]
@@ -795,8 +797,9 @@ def toy_measures(captions: Sequence[str], scenes: Sequence[str]) -> dict[str, fl
     }
 
 
-def evaluate(captions: Sequence[str], examples: Sequence[Example], clip: CLIP, images: Tensor) -> dict[str, float]:
-    """All the measures of captions[n] for examples[n], whose CLIP embeddings are images[n]: (N, D)."""
+def evaluate(captions: Sequence[str], examples: Sequence[Example], clip: CLIP) -> dict[str, float]:
+    """All the measures of captions[n] for examples[n]."""
+    images = clip.embed_images(example.image for example in examples)
     measures = retrieval(clip.embed_captions(captions), images)
     measures |= ngram_metrics(captions, [example.references for example in examples])
     measures["mean_length"] = statistics.fmean(len(caption.split()) for caption in captions)
@@ -822,21 +825,19 @@ def write_captions(
     captioner: Captioner, images: Sequence[Path], config: Decoding, clip: CLIP | None = None, **decoding
 ) -> Iterator[list[str] | UserError]:
     """For each picture, in order, its captions, or the error that its file gave; with a `clip`, only the best one."""
-    for start in tqdm(range(0, len(images), config.batch_size), "caption", disable=None):
-        torch.manual_seed(config.seed * 1_000_003 + start)
-        loaded: list[Image.Image | UserError] = []
-        for image in images[start : start + config.batch_size]:
-            try:
-                loaded.append(load_image(image))
-            except UserError as error:
-                loaded.append(error)
-        captions = iter(())
-        if good := [image for image in loaded if isinstance(image, Image.Image)]:
-            features, options = captioner.encode(captioner.pixels(good)), {"num_beams": config.beams} | decoding
-            written = captioner.decode(captioner.generate(features, config.max_length, **options))
-            written = rerank(written, clip, clip.embed_images(good)) if clip else written
-            captions = zip(*[iter(written)] * (len(written) // len(good)))
-        yield from (image if isinstance(image, UserError) else list(next(captions)) for image in loaded)
+    with ThreadPoolExecutor() as threads:
+        for start in tqdm(range(0, len(images), config.batch_size), "caption", disable=None):
+            torch.manual_seed(config.seed * 1_000_003 + start)
+            loads = [threads.submit(load_image, image) for image in images[start : start + config.batch_size]]
+            captions = iter(())
+            if good := [load.result() for load in loads if not load.exception()]:
+                features = captioner.encode(captioner.pixels(good))
+                written = captioner.decode(
+                    captioner.generate(features, config.max_length, **{"num_beams": config.beams} | decoding)
+                )
+                written = rerank(written, clip, clip.embed_images(good)) if clip else written
+                captions = zip(*[iter(written)] * (len(written) // len(good)))
+            yield from (load.exception() or list(next(captions)) for load in loads)
 
 
 def rerank(captions: Sequence[str], clip: CLIP, image_embeddings: Tensor) -> list[str]:
@@ -864,8 +865,11 @@ def train(config: TrainConfig) -> None:
     if toy and config.clip and not config.captioner:
         raise UserError(f"--clip {config.clip}: the toy world trains its own, unless --captioner is given too")
     training, test = toy_world(config.seed, config.train_size, config.test_size) if toy else split(config)
-    if len(training) < config.batch_size:
-        raise UserError(f"--batch-size {config.batch_size}: only {len(training)} training examples; give less")
+    if len(training) < max(config.batch_size, config.neighbours + 1):
+        raise UserError(f"--batch-size, --neighbours: only {len(training)} training examples; give less")
+    flag, least = {"group": ("samples", 2), "neighbours": ("neighbours", 1)}.get(config.baseline, ("samples", 1))
+    if getattr(config, flag) < least:
+        raise UserError(f"--baseline {config.baseline}: needs --{flag} {least} or more")
     if config.captioner:
         config = dataclasses.replace(config, clip=clip_name(config))
         captioner = Captioner.load(config.captioner, config.device, config.prompt)
@@ -878,26 +882,20 @@ def train(config: TrainConfig) -> None:
         if not config.captioner:
             captioner = toy_captioner(config.seed).to(config.device)
             clip = toy_clip(out / "clip", training, config, log)
-        images = [example.image for example in test]
-        embeddings, test_embeddings = clip.embed_images(each.image for each in training), clip.embed_images(images)
-        torch.manual_seed(config.seed)
-        discriminator = Discriminator(embeddings.shape[1]).to(clip.device)
-        optimizer = torch.optim.AdamW(discriminator.parameters(), lr=config.discriminator_learning_rate)
-        learner = Learner(captioner, clip, embeddings, discriminator, optimizer)
+        learner, images = Learner(captioner, clip, training, config), [example.image for example in test]
         if config.objective == "rl":
-            fit_captioner(learner, training, "tf", config, log)
-        captions = {"before": [each for (each,) in write_captions(captioner, images, config)]}
-        fit_captioner(learner, training, config.objective, config, log)
+            learner.fit("tf", log)
+        before = [each for (each,) in write_captions(captioner, images, config)]
+        learner.fit(config.objective, log)
     captioner.save(out / "captioner")
-    captions["after"] = [each for (each,) in write_captions(captioner, images, config)]
-    measured = {row: evaluate(captions[row], test, clip, test_embeddings) for row in captions}
+    captions = {"before": before, "after": [each for (each,) in write_captions(captioner, images, config)]}
+    measured = {row: evaluate(captions[row], test, clip) for row in captions}
     about = dict(split="test", images=len(test), seed=config.seed, beams=config.beams, max_length=config.max_length)
     about["versions"] = {name: version(name) for name in ("torch", "transformers", "open_clip_torch", "pycocoevalcap")}
-    rows = list(zip((example.image_id for example in test), *captions.values()))[:6]
-    about["captions"] = [dict(zip(("file_name", *captions), row)) for row in rows]
     write_text(out / "results.json", json.dumps(measured | about, indent=2))
-    shown = ["\n{file_name}\n  before  {before}\n  after   {after}".format_map(row) for row in about["captions"]]
-    print(table(measured), *shown, sep="\n")
+    print(table(measured))
+    for example, *pair in zip(test[:6], *captions.values()):
+        print(f"\n{example.image_id}\n  before  {pair[0]}\n  after   {pair[1]}")
 
 
 def caption(config: CaptionConfig) -> int:
@@ -909,21 +907,21 @@ def caption(config: CaptionConfig) -> int:
     found = find_images([path for path in (*config.paths, *listed) if path not in ("-", "")], config.recursive)
     rows = read_rows(out) if out and out.exists() else {}
     names = {path: os.path.relpath(path, out.parent) if out else "" for path in found}
-    paths, failures, saved = [path for path in found if config.overwrite or names[path] not in rows], [], 0.0
+    paths, failures = [path for path in found if config.overwrite or names[path] not in rows], []
     captioner = Captioner.load(config.captioner, config.device, config.prompt) if paths else None
     clip = CLIP.load(clip_name(config), config.device) if paths and config.rerank else None
     samples = config.samples or 8 * config.rerank
     drawn = dict(do_sample=True, temperature=config.temperature, num_beams=1, num_return_sequences=samples)
-    for path, written in zip(paths, write_captions(captioner, paths, config, clip, **(drawn if samples else {}))):
+    captions = write_captions(captioner, paths, config, clip, **(drawn if samples else {}))
+    for number, (path, written) in enumerate(zip(paths, captions), 1):
         if isinstance(written, UserError):
             failures.append(written)
         elif out:
             rows[names[path]] = rows.get(names[path], {}) | {"caption": written}
         else:
             print(*(f"{str(path).translate(ESCAPES)}\t{each}" for each in written), sep="\n", flush=True)
-        if out and (path == paths[-1] or time.monotonic() > saved + 1):  # always whole, so never cut short
+        if out and (number % config.batch_size == 0 or number == len(paths)):  # always whole, so never cut short
             write_rows(out, rows)
-            saved = time.monotonic()
     for failure in failures:
         print(f"distcap: {str(failure).translate(ESCAPES)}", file=sys.stderr)
     if out:
@@ -938,9 +936,9 @@ def evaluate_command(config: EvalConfig) -> None:
     if config.out and not Path(config.out).parent.is_dir():
         raise UserError(f"--out {config.out}: the folder {Path(config.out).parent} is not there; make it first")
     captioner = Captioner.load(config.captioner, config.device, config.prompt)
-    clip, images = CLIP.load(clip_name(config), config.device), [example.image for example in examples]
-    embeddings, captions = clip.embed_images(images), [each for (each,) in write_captions(captioner, images, config)]
-    measures = evaluate(captions, examples, clip, embeddings)
+    clip = CLIP.load(clip_name(config), config.device)
+    images = [example.image for example in examples]
+    measures = evaluate([each for (each,) in write_captions(captioner, images, config)], examples, clip)
     print(table({Path(config.data).resolve().name: measures}))
     if config.out:
         write_text(Path(config.out), json.dumps(measures, indent=2))
@@ -961,16 +959,18 @@ def add_flags(parser: argparse.ArgumentParser, cls) -> None:
     for each in dataclasses.fields(cls):
         limits, flag, kind = each.metadata, "--" + each.name.replace("_", "-"), each.type.split(" ")[0]
         toy = f"; on toy {limits['toy'] or 'its own'}" if "toy" in limits else ""
-        default = f" (default: {each.default}{toy})" if toy or each.default not in (None, "", ()) else ""
-        help = limits["help"] + default
+        help = limits["help"] + (
+            f" (default: {each.default}{toy})" if toy or each.default not in (None, "", ()) else ""
+        )
         if "positional" in limits:
             parser.add_argument(each.name, metavar=each.name.upper(), nargs=limits["positional"], help=limits["help"])
         elif kind == "bool":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+        elif "choices" in limits:
+            parser.add_argument(flag, choices=limits["choices"].split(), help=help)
         else:
-            metavar = None if "choices" in limits else {"int": "N", "float": "X"}.get(kind, "TEXT")
-            convert = {"int": int, "float": float}.get(kind, str)
-            parser.add_argument(flag, type=convert, choices=limits.get("choices"), metavar=metavar, help=help)
+            convert, metavar = {"int": (int, "N"), "float": (float, "X")}.get(kind, (str, "TEXT"))
+            parser.add_argument(flag, type=convert, metavar=metavar, help=help)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
