@@ -43,20 +43,9 @@ def test_grammar_and_truth(caption, well_formed, true):
 def test_every_human_text_of_the_world_is_true_of_its_scene():
     rng = random.Random(1)
     for example in distcap.toy_world(3, 200, 0)[0]:
-        for text in (
-            example.scene,
-            *example.references,
-            *(distcap.describe(example.scene, 0.7, rng) for _ in range(5)),
-        ):
+        for text in (example.scene, *example.references, *distcap.write_references(example.scene, rng, generic=0.2)):
             assert distcap.is_true(text, example.scene), (text, example.scene)
             assert set(text.split()) <= set(distcap.WORDS)
-
-
-def test_alt_texts_keep_attributes_as_often_as_asked():
-    rng = random.Random(0)
-    kept = [sum(word is not None for word in distcap.parse(distcap.describe(SCENE, 0.6, rng))[:3]) for _ in range(4000)]
-    assert abs(sum(kept) / len(kept) - (0.6 + 0.6 + 1)) < 0.05  # size, colour, and always the shape
-    assert distcap.describe(SCENE, 1.0, rng) == SCENE
 
 
 def test_references_are_mostly_generic():

@@ -28,7 +28,7 @@ def test_discriminator_scores_each_pair_on_its_own():
     logits = discriminator(images, captions)
     assert logits.shape == (3,)
     torch.testing.assert_close(discriminator(images[1:2], captions[1:2]), logits[1:2])
-    assert [layer.out_features for layer in discriminator.layers[::2]] == [512, 256, 1]
+    assert [layer.out_features for layer in list(discriminator)[::2]] == [512, 256, 1]
 
 
 def test_discriminator_learns_to_tell_two_kinds_apart():

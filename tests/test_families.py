@@ -201,16 +201,11 @@ def test_the_prompt_is_saved_and_only_a_foreign_blip_has_one(folder, tmp_path):
 def test_both_stages_train_every_family(captioner, folder, clip, world):
     import io
 
-    learning = distcap.Captioner.load(str(folder))
-    discriminator = distcap.Discriminator(96)
-    embeddings = clip.embed_images(example.image for example in world)
-    learner = distcap.Learner(learning, clip, embeddings, discriminator, torch.optim.AdamW(discriminator.parameters()))
-    config = distcap.configuration(
-        distcap.TrainConfig, {"tf_steps": 3, "steps": 2, "batch_size": 4, "max_length": 12, "device": "cpu"}
-    )
-    log = io.StringIO()
+    learning, log = distcap.Captioner.load(str(folder)), io.StringIO()
+    values = {"tf_steps": 3, "steps": 2, "batch_size": 4, "samples": 2, "max_length": 12, "device": "cpu"}
+    learner = distcap.Learner(learning, clip, world, distcap.configuration(distcap.TrainConfig, values))
     for objective in ("tf", "rl"):
-        distcap.fit_captioner(learner, world, objective, config, log)
+        learner.fit(objective, log)
     losses = [json.loads(line)["loss"] for line in log.getvalue().splitlines()]
     assert len(losses) == 5 and all(abs(loss) < 100 for loss in losses)
     before, after = (dict(each.model.named_parameters()) for each in (captioner, learning))

@@ -92,13 +92,6 @@ def test_mixed_reward_by_hand():
     torch.testing.assert_close(distcap.mixed_reward(mixed, mixed, 0.3), mixed)  # both agree: no matter the weight
 
 
-def test_centred_advantages_have_mean_zero_and_forget_a_constant():
-    rewards = torch.tensor([1.0, 2.0, 6.0])
-    torch.testing.assert_close(distcap.centred_advantages(rewards), torch.tensor([-2.0, -1.0, 3.0]))
-    torch.testing.assert_close(distcap.centred_advantages(rewards + 5), distcap.centred_advantages(rewards))
-    assert distcap.centred_advantages(rewards[:1]).item() == 0  # a batch of one learns nothing
-
-
 def test_self_critical_advantages_by_hand():
     advantages = distcap.self_critical_advantages(torch.tensor([0.7, 0.2]), torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(advantages, torch.tensor([0.2, -0.3]))
@@ -129,3 +122,52 @@ def test_reranking_prefers_what_tells_the_pictures_apart_to_what_fits_both():
     images = torch.nn.functional.normalize(torch.tensor([[1.0, 0.2], [0.2, 1.0]]), dim=1)
     both, first, second = "0.7071 0.7071", "1 0", "0 1"
     assert distcap.rerank([both, first, both, second], FakeCLIP(), images) == [first, second]
+
+
+def test_group_advantages_by_hand_and_by_a_slow_loop():
+    """Each sample against the mean of the other samples of its image, not its own included."""
+    by_hand = torch.tensor([[1 - 3.5, 2 - 3.0, 5 - 1.5]])
+    torch.testing.assert_close(distcap.group_advantages(torch.tensor([[1.0, 2.0, 5.0]])), by_hand)
+    rewards = torch.randn(3, 4)
+    slow = [[row[k] - (sum(row) - row[k]) / 3 for k in range(4)] for row in rewards.tolist()]
+    torch.testing.assert_close(distcap.group_advantages(rewards), torch.tensor(slow))
+
+
+def test_group_advantages_sum_to_zero_and_know_no_other_image():
+    rewards = torch.randn(3, 4)
+    torch.testing.assert_close(distcap.group_advantages(rewards).sum(dim=1), torch.zeros(3))
+    alone = torch.cat([distcap.group_advantages(row[None]) for row in rewards])
+    torch.testing.assert_close(distcap.group_advantages(rewards), alone)
+    torch.testing.assert_close(distcap.group_advantages(rewards + 7), alone, atol=1e-5, rtol=1e-4)
+
+
+def test_neighbours_reward_by_hand():
+    """One caption, its image, two similar images, all in the plane."""
+    caption, image = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])
+    neighbours = torch.tensor([[[0.8, 0.6], [0.0, 1.0]]])
+    torch.testing.assert_close(distcap.neighbours_reward(caption, image, neighbours), torch.tensor([0.6 - 0.4]))
+
+
+def test_neighbours_reward_equals_a_slow_loop_and_is_zero_where_nothing_distinguishes():
+    unit = torch.nn.functional.normalize
+    captions, images, near = unit(torch.randn(4, 5), dim=1), unit(torch.randn(4, 5), dim=1), torch.randn(4, 3, 5)
+    slow = [captions[c] @ images[c] - sum(captions[c] @ near[c, n] for n in range(3)) / 3 for c in range(4)]
+    torch.testing.assert_close(distcap.neighbours_reward(captions, images, near), torch.stack(slow))
+    same = images[:, None].expand(4, 3, 5)
+    torch.testing.assert_close(distcap.neighbours_reward(captions, images, same), torch.zeros(4))
+
+
+@pytest.mark.parametrize("images", [7, 1030])  # the second needs more than one chunk of rows
+def test_nearest_images_equals_sorting_and_leaves_the_image_out(images):
+    embeddings = torch.nn.functional.normalize(torch.randn(images, 6), dim=1)
+    found = distcap.nearest_images(embeddings, 3)
+    for row in range(0, images, 5):
+        similarity = (embeddings @ embeddings[row]).tolist()
+        others = sorted((n for n in range(images) if n != row), key=lambda n: -similarity[n])
+        assert found[row].tolist() == others[:3]
+    assert distcap.nearest_images(embeddings, 0).shape == (images, 0)
+
+
+def test_nearest_images_of_twins_are_the_twins():
+    embeddings = torch.eye(3)[[0, 1, 2, 0, 1, 2]]
+    assert distcap.nearest_images(embeddings, 1).squeeze(1).tolist() == [3, 4, 5, 0, 1, 2]
