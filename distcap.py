@@ -541,14 +541,10 @@ def contrastive_reward(
     return {"both": both, "image-to-text": image_to_text, "text-to-image": text_to_image}[direction] / logit_scale
 
 
-def nearest_images(image_embeddings: Tensor, count: int) -> Tensor:
-    """The `count` most similar other images of each image, as indices, most similar first: (N, D) -> (N, count)."""
-    found = []
-    for start in range(0, len(image_embeddings), 1024):  # rows at a time: never an N x N matrix
-        similarity = image_embeddings[start : start + 1024] @ image_embeddings.T
-        similarity.diagonal(start).fill_(-torch.inf)  # no image is its own neighbour
-        found.append(similarity.topk(count, dim=1).indices)
-    return torch.cat(found)
+def nearest_images(image_embeddings: Tensor, indices: Tensor, count: int) -> Tensor:
+    """Of each image indexed, the `count` most similar other images, most similar first: (N, D), (B,) -> (B, count)."""
+    similarity = image_embeddings[indices] @ image_embeddings.T  # (B, N)
+    return similarity.scatter(1, indices[:, None], -torch.inf).topk(count, dim=1).indices  # no image is its own
 
 
 def neighbours_reward(caption_embeddings: Tensor, image_embeddings: Tensor, neighbour_embeddings: Tensor) -> Tensor:
@@ -672,7 +668,6 @@ class Learner:
     def __init__(self, captioner: Captioner, clip: CLIP, examples: Sequence[Example], config: TrainConfig) -> None:
         self.captioner, self.clip, self.examples, self.config = captioner, clip, examples, config
         self.images = clip.embed_images(example.image for example in examples)  # (N, D), once for all epochs
-        self.neighbours = nearest_images(self.images, config.neighbours)  # (N, n)
         torch.manual_seed(config.seed)
         self.discriminator = Discriminator(self.images.shape[1]).to(clip.device)
         self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=config.discriminator_learning_rate)
@@ -733,7 +728,8 @@ class Learner:
 
     def similarity_rewards(self, captions: Tensor, indices: Tensor, own: Tensor) -> Tensor:
         """r_sim: Eq. 6, Eq. 8 or, for other baselines, the cosine with the own image: (C, D), (B,), (C,) -> (C,)."""
-        images, near = self.images[indices], self.neighbours[indices]  # (B, D), (B, n)
+        images, count = self.images[indices], self.config.neighbours  # (B, D)
+        near = nearest_images(self.images, indices, count) if count else indices[:0]  # (B, n)
         if self.config.baseline == "contrastive":
             images = torch.cat([images, self.images[near[~torch.isin(near, indices)].unique()]])  # hard negatives
             return contrastive_reward(captions, images, own, self.clip.logit_scale, self.config.direction)

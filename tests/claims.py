@@ -1,102 +1,254 @@
 """The README's results table: the toy world over seeds and objectives, each row from the same start of its seed.
 
-    python tests/claims.py --seeds 3               # print the table (Markdown); runs go to runs/claims
-    python tests/claims.py --seeds 3 --readme      # and put it into README.md, between its two markers
+    python tests/claims.py --seeds 4 --jobs 2             # print the tables; runs go to runs/claims
+    python tests/claims.py --seeds 4 --jobs 2 --readme    # and write claims.json, claims.png and README.md's tables
+    python tests/claims.py --seeds 1 --quick              # a smoke: a few steps of everything
 
-A start (CLIP pretrained, captioner teacher-forced) is made once per seed; every other row continues from it. Finished
-runs are kept: an interrupted command picks up where it stopped.
+A start (CLIP pretrained, captioner teacher-forced) and a judge (a second CLIP: another seed, twice as wide, never a
+reward) are made once per seed; every row continues from the start with the same settings. Finished runs are kept: an
+interrupted command picks up where it stopped. A job is a process with one thread; rounding depends on that, so keep it.
 """
 
 import argparse
+import io
 import json
+import random
 import re
 import shutil
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
+
+import torch
 
 import distcap
 
-RERANKED = "teacher forcing, best of 8 by CLIP"  # caption --samples 8 --rerank: no training
+START, RERANKED = "teacher forcing", "teacher forcing, best of 8 by CLIP"
+ALONE = ["--similarity-weight", "1", "--ground-truth-weight", "0"]  # neither discriminator nor ground truth
+GREEDY, GROUP = ["--baseline", "greedy"], ["--baseline", "group", "--samples", "4"]
+# row: its flags, and the row that a claim holds it against
 ROWS = {
-    "teacher forcing": None,
-    RERANKED: None,
-    "CLIP reward, self-critical": ["--similarity-weight", "1", "--ground-truth-weight", "0", "--baseline", "greedy"],
-    "**the full method**": [],
+    START: ([], None),
+    RERANKED: ([], START),
+    "ground truth only": (["--sampled-weight", "0"], START),
+    "cosine, no baseline": (["--baseline", "none", *ALONE], START),
+    "cosine, self-critical": ([*GREEDY, *ALONE], START),
+    "cosine, self-critical + discriminator": ([*GREEDY, "--ground-truth-weight", "0"], "cosine, self-critical"),
+    "cosine, self-critical + ground truth": ([*GREEDY, "--similarity-weight", "1"], "cosine, self-critical"),
+    "cosine, similar images": (["--baseline", "neighbours", "--neighbours", "10", *ALONE], "cosine, self-critical"),
+    "cosine, group of 4": ([*GROUP, *ALONE], "cosine, self-critical"),
+    "Eq. 6, image-to-text": (["--direction", "image-to-text", *ALONE], "Eq. 6, both"),
+    "Eq. 6, text-to-image": (["--direction", "text-to-image", *ALONE], "Eq. 6, both"),
+    "Eq. 6, both": (ALONE, "cosine, self-critical"),
+    "Eq. 6, both + discriminator": (["--ground-truth-weight", "0"], "Eq. 6, both"),
+    "Eq. 6, both + ground truth": (["--similarity-weight", "1"], "Eq. 6, both"),
+    "**the full method**": ([], "Eq. 6, both + discriminator"),
+    "the full method, not centred": ([], "**the full method**"),
+    "the full method, negative ground truth not clamped": ([], "**the full method**"),
+    "the full method, beam search for a sample": ([], "**the full method**"),
 }
 COLUMNS = {
     "text_to_image_R@1": "text-to-image R@1",
     "image_to_text_R@1": "image-to-text R@1",
+    "judge_R@1": "R@1 by a judge",
+    "look_alikes_R@1": "R@1 among look-alikes",
     "oracle_R@1": "oracle R@1",
     "well_formed": "well-formed",
     "faithful": "faithful",
     "cider": "CIDEr",
     "bleu_4": "BLEU-4",
     "mean_length": "words",
+    "distinct": "distinct",
 }
+QUICK = ["--train-size", "200", "--test-size", "30", "--clip-steps", "10", "--tf-steps", "10", "--steps", "2"]
 
 
-def measures(row: str, seed: int, out: Path, extra: list[str]) -> dict[str, float]:
-    """The `after` measures of one row and seed; trains it if it is not there yet."""
-    start = out / f"seed{seed}-start"
-    if row == RERANKED:
-        return reranked(start, seed)
-    folder = start if ROWS[row] is None else out / f"seed{seed}-{list(ROWS).index(row)}"
+def departures(row: str) -> list:
+    """Patches that bring back what distcap does otherwise than the authors' scripts, for the rows that measure it."""
+    advantages, generate = distcap.Learner.advantages, distcap.Captioner.generate
+
+    def not_centred(self, sampled, ground_truth, greedy):
+        return sampled, ground_truth
+
+    def beam_search(self, features, max_length, **decoding):
+        return generate(self, features, max_length, **({"num_beams": 5} if decoding.get("do_sample") else decoding))
+
+    return {
+        "the full method, not centred": [mock.patch.object(distcap.Learner, "advantages", not_centred)],
+        "the full method, negative ground truth not clamped": [
+            mock.patch.object(distcap, "ground_truth_loss", distcap.reinforce_loss)
+        ],
+        "the full method, beam search for a sample": [mock.patch.object(distcap.Captioner, "generate", beam_search)],
+    }.get(row, [mock.patch.object(distcap.Learner, "advantages", advantages)])
+
+
+def train(folder: Path, seed: int, flags: list[str]) -> None:
+    """A run of `distcap train`, unless it is there already."""
     if not (folder / "results.json").exists():
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-        flags = ["--objective", "tf"] if ROWS[row] is None else [
-            "--captioner", str(start), "--clip", str(start), "--tf-steps", "0", *ROWS[row]
-        ]  # fmt: skip
-        status = distcap.main(["train", "--seed", str(seed), "--out", str(folder), *flags, *extra])
-        assert status == 0, f"{row}, seed {seed}: exit {status}"
-    return json.loads((folder / "results.json").read_text())["after"]
+        with io.StringIO() as quiet, mock.patch("sys.stdout", quiet):
+            status = distcap.main(["train", "--seed", str(seed), "--out", str(folder), *flags])
+        assert status == 0, f"{folder}: exit {status}"
 
 
-def reranked(start: Path, seed: int) -> dict[str, float]:
-    """The measures of the start's captions, each the best of 8 samples by Eq. 6 within batches of 64."""
-    measured = start / "reranked.json"
-    if not measured.exists():
-        values = {"seed": seed, "captioner": str(start), "batch_size": 64}
-        config = distcap.configuration(distcap.CaptionConfig, values)
-        captioner, clip = (
-            distcap.Captioner.load(str(start), config.device),
-            distcap.CLIP.load(str(start), config.device),
-        )
-        examples = distcap.read_examples(str(start / "test"))
-        images = [example.image for example in examples]
-        drawn = dict(do_sample=True, num_beams=1, temperature=config.temperature, num_return_sequences=8)
-        captions = [each for (each,) in distcap.write_captions(captioner, images, config, clip, **drawn)]
-        measures = distcap.evaluate(captions, examples, clip, clip.embed_images(images))
-        distcap.write_text(measured, json.dumps(measures, indent=2))
-    return json.loads(measured.read_text())
+def judge(folder: Path, seed: int, quick: bool) -> distcap.CLIP:
+    """A CLIP that rewards nothing: another seed, twice the width of the one that does."""
+    if not (folder / "open_clip_model.safetensors").exists():
+        values = {"seed": seed + 1000, "clip_steps": 10 if quick else 600}
+        config = distcap.configuration(distcap.TrainConfig, values)
+        examples = distcap.toy_world(seed + 1000, 200 if quick else 8000, 0)[0]
+        distcap.toy_clip(folder, examples, config, io.StringIO(), width=192)
+    return distcap.CLIP.load(str(folder))
 
 
-def markdown(results: dict[str, list[dict[str, float]]]) -> str:
+def write(folder: Path, seed: int, examples: list[distcap.Example], clip: distcap.CLIP | None) -> list[str]:
+    """The captions of the test pictures: greedy, or with a `clip` the best of 8 samples."""
+    config = distcap.configuration(distcap.CaptionConfig, {"seed": seed, "captioner": str(folder), "beams": 1})
+    drawn = dict(do_sample=True, temperature=config.temperature, num_return_sequences=8) if clip else {}
+    captioner, images = distcap.Captioner.load(str(folder)), [example.image for example in examples]
+    return [each for (each,) in distcap.write_captions(captioner, images, config, clip, **drawn)]
+
+
+def look_alikes(captions: torch.Tensor, images: torch.Tensor, count: int = 9) -> float:
+    """Share of captions that are nearer to their own image than to each of the `count` images most similar to it."""
+    rivals = images[
+        distcap.nearest_images(images, torch.arange(len(images)), min(count, len(images) - 1))
+    ]  # (N, count, D)
+    others = torch.einsum("nd,ncd->nc", captions, rivals).max(dim=1).values
+    return (distcap.similarity_reward(captions, images) > others + 1e-6).float().mean().item()
+
+
+def oracle(captions: list[str], examples: list[distcap.Example]) -> list[float]:
+    """Oracle R@1 of each caption by itself."""
+    scenes = [example.scene for example in examples]
+    true = {caption: sum(distcap.is_true(caption, scene) for scene in scenes) for caption in set(captions)}
+    return [distcap.is_true(c, scene) / max(true[c], 1) for c, scene in zip(captions, scenes)]
+
+
+def measure_seed(seed: int, out: Path, quick: bool) -> dict[str, dict]:
+    """For each row, its measures on this seed, and `oracle`: the oracle R@1 of each picture."""
+    torch.set_num_threads(1)
+    extra, start = (QUICK if quick else []), out / f"seed{seed}-start"
+    train(start, seed, ["--objective", "tf", *extra])
+    examples, clip = distcap.read_examples(str(start / "test")), distcap.CLIP.load(str(start))
+    second, measured = judge(out / f"seed{seed}-judge", seed, quick), {}
+    judged_images = second.embed_images(example.image for example in examples)
+    for number, (row, (flags, _)) in enumerate(ROWS.items()):
+        folder = start if row in (START, RERANKED) else out / f"seed{seed}-{number}"
+        (patch,) = departures(row)
+        with patch:
+            if folder != start:
+                both = ["--captioner", str(start), "--clip", str(start), "--tf-steps", "0"]
+                train(folder, seed, [*both, *extra, *flags])
+        saved = folder / ("reranked.json" if row == RERANKED else "measured.json")
+        if not saved.exists():
+            captions = write(folder, seed, examples, clip if row == RERANKED else None)
+            each, judged = oracle(captions, examples), second.embed_captions(captions)
+            found = distcap.evaluate(captions, examples, clip) | {
+                "judge_R@1": distcap.retrieval(judged, judged_images)["text_to_image_R@1"],
+                "look_alikes_R@1": look_alikes(judged, judged_images),
+            }
+            distcap.write_text(saved, json.dumps(found | {"oracle": each, "captions": captions}))
+        measured[row] = json.loads(saved.read_text())
+        print(f"seed {seed}: {row}: oracle R@1 {measured[row]['oracle_R@1']:.2f}", flush=True)
+    return measured
+
+
+def difference(row: str, against: str, seeds: list[dict[str, dict]], rounds: int = 2000) -> tuple[float, float, float]:
+    """Oracle R@1 of `row` less that of `against`, with the 95 % interval of a bootstrap, paired by picture and seed."""
+    rng, seeds = random.Random(0), [(each[row]["oracle"], each[against]["oracle"]) for each in seeds]
+    gaps = [[a - b for a, b in zip(*pair)] for pair in seeds]
+    means = []
+    for _ in range(rounds):  # both seeds and pictures are drawn: neither alone is the population
+        drawn = [rng.choice(gaps) for _ in gaps]
+        means.append(statistics.fmean(statistics.fmean(rng.choices(gap, k=len(gap))) for gap in drawn))
+    means.sort()
+    return statistics.fmean(map(statistics.fmean, gaps)), means[rounds // 40], means[-rounds // 40]
+
+
+def summary(seeds: list[dict[str, dict]]) -> dict[str, dict]:
+    """What claims.json holds: of each row, every column's value on each seed, and the difference that it is about."""
+    rows = {row: {column: [each[row][column] for each in seeds] for column in COLUMNS} for row in ROWS}
+    for row, (_, against) in ROWS.items():
+        if against:
+            rows[row]["against"] = against
+            rows[row]["oracle_difference"] = [round(value, 4) for value in difference(row, against, seeds)]
+    return rows
+
+
+def markdown(rows: dict[str, dict]) -> str:
     """Mean ± standard deviation over the seeds, a line per row."""
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
-    for row, seeds in results.items():
+    for row, columns in rows.items():
         cells = []
         for name in COLUMNS:
-            values = [each[name] for each in seeds]
+            values = columns[name]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.fmean(values):.2f}{spread}")
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def differences(rows: dict[str, dict]) -> str:
+    """The differences in oracle R@1 that the claims are about, a line per row."""
+    lines = ["| | against | oracle R@1, difference | 95 % interval |", "|---|---|---|---|"]
+    for row, columns in rows.items():
+        if "against" in columns:
+            mean, low, high = columns["oracle_difference"]
+            lines.append(f"| {row} | {columns['against']} | {mean:+.2f} | {low:+.2f} to {high:+.2f} |")
+    return "\n".join(lines)
+
+
+def figure(rows: dict[str, dict], path: Path) -> None:
+    """Oracle R@1 against reward-CLIP R@1: a row's distance below the diagonal is hacking."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    _, axes = pyplot.subplots(figsize=(6.4, 4.8), layout="constrained")
+    axes.plot([0, 1], [0, 1], color="0.7", linestyle=":")
+    for number, columns in enumerate(rows.values()):
+        x, y = (statistics.fmean(columns[name]) for name in ("text_to_image_R@1", "oracle_R@1"))
+        axes.scatter(x, y, s=60, color=f"{0.15 + 0.6 * (number % 3) / 2}", marker="osD^vP*X<>"[number % 10])
+        axes.annotate(str(number + 1), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=9)
+    names = "\n".join(f"{number}  {row.strip('*')}" for number, row in enumerate(rows, 1))
+    axes.text(1.04, 0.98, names, transform=axes.transAxes, va="top", fontsize=8)
+    axes.set(
+        xlabel="text-to-image R@1 of the CLIP that rewards", ylabel="oracle R@1", xlim=(0, 1.02), ylim=(-0.03, 1.02)
+    )
+    pyplot.savefig(path, dpi=110)
+
+
+def publish(rows: dict[str, dict]) -> None:
+    """Write tests/claims.json and its figure, and put the tables into README.md."""
+    here = Path(__file__).parent
+    distcap.write_text(here / "claims.json", json.dumps(rows, indent=1) + "\n")
+    figure(rows, here / "claims.png")
+    readme = here.parent / "README.md"
+    text = readme.read_text()
+    for name, table in (("results", markdown(rows)), ("differences", differences(rows))):
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        text = marked.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+    distcap.write_text(readme, text)
+
+
 def main() -> None:
     """Train what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, each in a process with one thread")
     parser.add_argument("--out", type=Path, default=Path("runs/claims"))
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
-    arguments, extra = parser.parse_known_args()
-    results = {row: [measures(row, seed, arguments.out, extra) for seed in range(arguments.seeds)] for row in ROWS}
-    table = markdown(results)
-    print("\n" + table)
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
+    parser.add_argument("--readme", action="store_true", help="write claims.json, claims.png and README.md's tables")
+    arguments = parser.parse_args()
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        waiting = [pool.submit(measure_seed, seed, arguments.out, arguments.quick) for seed in range(arguments.seeds)]
+        rows = summary([each.result() for each in waiting])
+    print("\n" + markdown(rows) + "\n\n" + differences(rows))
     if arguments.readme:
-        readme = Path(__file__).parent.parent / "README.md"
-        marked = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.DOTALL)
-        distcap.write_text(readme, marked.sub(lambda match: f"{match[1]}{table}\n{match[2]}", readme.read_text()))
+        publish(rows)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def test_similarity_rewards_by_baseline(learn):
         rewards = learn(baseline=baseline).similarity_rewards(captions, indices, own)
         torch.testing.assert_close(rewards, (captions * images[own]).sum(dim=1))
     learner = learn(baseline="neighbours", neighbours=3)
-    near = learner.images[learner.neighbours[indices[own]]]
+    near = learner.images[distcap.nearest_images(learner.images, indices[own], 3)]
     eq_8 = distcap.neighbours_reward(captions, images[own], near)
     torch.testing.assert_close(learner.similarity_rewards(captions, indices, own), eq_8)
 
@@ -178,9 +178,9 @@ def test_similarity_rewards_by_baseline(learn):
 def test_hard_negatives_compete_once_each_and_never_the_own_image(learn):
     captions, own = unit(6, 96), torch.tensor([0, 1, 0, 1, 0, 1])
     learner = learn(neighbours=4)
-    first = 3
-    indices = torch.tensor([first, learner.neighbours[first, 0]])  # one neighbour of the first is in the batch
-    extra = {n for i in indices.tolist() for n in learner.neighbours[i].tolist()} - set(indices.tolist())
+    near = distcap.nearest_images(learner.images, torch.arange(len(learner.images)), 4)
+    indices = torch.tensor([3, near[3, 0]])  # one neighbour of the first is in the batch
+    extra = set(near[indices].flatten().tolist()) - set(indices.tolist())
     images = torch.cat([learner.images[indices], learner.images[sorted(extra)]])
     expected = distcap.contrastive_reward(captions, images, own, learner.clip.logit_scale)
     rewards = learner.similarity_rewards(captions, indices, own)
