@@ -1,18 +1,24 @@
-"""How long captions take, on a CPU: distcap beside what most scripts do, and beside what no captioner can do without.
+"""How long captions and training steps take, on a CPU, beside other ways to go about it, and beside the least there is.
 
-    python tests/bench.py caption                     # the table, about five minutes on two cores
+    python tests/bench.py caption                     # captions, about five minutes on two cores
     python tests/bench.py caption --base-pictures 0   # the small captioner alone, for which reading pictures matters
+    python tests/bench.py train                       # a step of the full method, about three minutes and 8 GB
 
-distcap  `write_captions` over a list of files: read, resize, encode, generate, decode
-plain    transformers' BLIP, one picture at a time
-floor    encode and generate alone, on pixels that are in memory already, in batches like distcap's
+caption: distcap  `write_captions` over a list of files: read, resize, encode, generate, decode
+         plain    transformers' BLIP, one picture at a time
+         floor    encode and generate alone, on pixels that are in memory already, in batches like distcap's
+train:   distcap  `Learner.reinforce_step`, gradient and update: the image encoded once, one pass for both terms
+         scripts  the same terms the way the authors' scripts go about it: a beam search of 5, greedy search, and a pass
+                  for each term, and the image encoded anew for each of the four
+         floor    the one pass over both terms, gradient and update alone, with captions that are there already
 
-All beam-search the same random checkpoint, whose end never comes: every caption has exactly LENGTH words. The three
-take turns, so that other work on the machine hits them alike. Compare the ratios, not the seconds. On a busy machine
-set OMP_WAIT_POLICY=passive: else torch's threads spin while they wait for each other, and the ratios mean nothing.
+All use one random checkpoint, whose end never comes: every caption has exactly LENGTH words. They take turns, so that
+other work on the machine hits them alike. Compare the ratios, not the seconds. On a busy machine set
+OMP_WAIT_POLICY=passive: else torch's threads spin while they wait for each other, and the ratios mean nothing.
 """
 
 import argparse
+import io
 import statistics
 import tempfile
 import time
@@ -105,25 +111,63 @@ def bench_caption(checkpoint: str, paths: list[Path], batch_size: int, rounds: i
     return seconds
 
 
+def bench_train(checkpoint: str, batch_size: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds that a step takes each of the three, round by round. A toy CLIP rewards: its time is next to nothing."""
+    values = dict(batch_size=batch_size, max_length=LENGTH, clip_steps=1, device="cpu")
+    config, rng = distcap.configuration(distcap.TrainConfig, values), np.random.default_rng(0)
+    world = distcap.toy_world(0, 8, 0)[0]
+    words = [" ".join(f"word{number}" for number in rng.integers(3, 20, LENGTH)) for _ in world]
+    examples = [distcap.dataclasses.replace(each, references=(text,)) for each, text in zip(world, words)]
+    with tempfile.TemporaryDirectory() as folder:
+        clip = distcap.toy_clip(Path(folder, "clip"), world, config, io.StringIO())
+    captioner = distcap.Captioner.load(checkpoint)
+    learner, optimizer = distcap.Learner(captioner, clip, examples, config), torch.optim.AdamW(captioner.parameters())
+    batch = torch.arange(batch_size), words[:batch_size], captioner.pixels([each.image for each in world[:batch_size]])
+    tokens = captioner.tokenize(batch[1], LENGTH)
+
+    def pass_of(pixels: torch.Tensor, tokens: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        log_probs = captioner.log_probs(captioner.encode(pixels), tokens)
+        return distcap.reinforce_loss(log_probs, captioner.mask(tokens), advantages)
+
+    def step_distcap() -> torch.Tensor:
+        return learner.reinforce_step(*batch)[0]
+
+    def step_scripts() -> torch.Tensor:
+        indices, ground_truth, pixels = batch
+        with torch.no_grad():
+            sampled = captioner.generate(captioner.encode(pixels), LENGTH, num_beams=5)
+            greedy = captioner.generate(captioner.encode(pixels), LENGTH)
+        texts = captioner.decode(sampled) + ground_truth + captioner.decode(greedy)
+        rewards = learner.similarity_rewards(clip.embed_captions(texts), indices, indices.repeat(3))
+        advantages, human, _ = rewards.chunk(3)
+        return pass_of(pixels, sampled, advantages) + pass_of(pixels, tokens, human)
+
+    def step_floor() -> torch.Tensor:
+        features, twice = captioner.encode(batch[2]), torch.cat([tokens, tokens])
+        log_probs = captioner.log_probs(torch.cat([features, features]), twice)
+        return distcap.reinforce_loss(log_probs, captioner.mask(twice), torch.ones(len(twice)))
+
+    contestants, seconds = dict(distcap=step_distcap, scripts=step_scripts, floor=step_floor), {}
+    for number in range(rounds + 1):  # the first round warms up
+        for name, step in contestants.items():
+            began = time.perf_counter()
+            optimizer.zero_grad()
+            step().backward()
+            optimizer.step()
+            if number:
+                seconds.setdefault(name, []).append(time.perf_counter() - began)
+    return seconds
+
+
 def ratio(above: list[float], below: list[float]) -> str:
     """The ratio of the medians, and how it varies from round to round."""
     each = [one / other for one, other in zip(above, below)]
     return f"{statistics.median(above) / statistics.median(below):.2f} ({min(each):.2f}-{max(each):.2f})"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags = parser.add_subparsers(dest="verb", required=True).add_parser("caption", help="speed of `distcap caption`")
-    flags.add_argument("--pictures", type=int, default=200, help="pictures for the small captioner; 0: leave it out")
-    flags.add_argument("--base-pictures", type=int, default=6, help="pictures for the base captioner; 0: leave it out")
-    flags.add_argument("--batch-size", type=int, default=distcap.CaptionConfig.batch_size, help="pictures per batch")
-    flags.add_argument("--rounds", type=int, default=3, help="how often each is timed; medians are printed")
-    given = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def print_captions(given: argparse.Namespace) -> None:
     columns = ("size", "pictures", "distcap s", "plain s", "floor s", "distcap/floor", "plain/distcap")
     layout = "{:<6} {:>8} {:>10} {:>9} {:>9}   {:<18} {:<18}"
-    print(f"batches of {given.batch_size}, {given.rounds} rounds, {torch.get_num_threads()} threads; medians")
     print(layout.format(*columns), flush=True)
     for size, count in (("small", given.pictures), ("base", given.base_pictures)):
         with tempfile.TemporaryDirectory() as folder:
@@ -133,6 +177,36 @@ def main() -> None:
                 medians = (f"{statistics.median(each):.2f}" for each in seconds.values())
                 ratios = ratio(seconds["distcap"], seconds["floor"]), ratio(seconds["plain"], seconds["distcap"])
                 print(layout.format(size, count, *medians, *ratios), flush=True)
+
+
+def print_steps(given: argparse.Namespace) -> None:
+    columns = ("size", "distcap s", "scripts s", "floor s", "distcap/floor", "scripts/distcap")
+    layout = "{:<6} {:>10} {:>10} {:>9}   {:<18} {:<18}"
+    print(layout.format(*columns), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = bench_train(save_checkpoint(Path(folder), given.size), given.batch_size, given.rounds)
+    medians = (f"{statistics.median(each):.2f}" for each in seconds.values())
+    ratios = ratio(seconds["distcap"], seconds["floor"]), ratio(seconds["scripts"], seconds["distcap"])
+    print(layout.format(given.size, *medians, *ratios), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    flags = verbs.add_parser("caption", help="speed of `distcap caption`")
+    flags.add_argument("--pictures", type=int, default=200, help="pictures for the small captioner; 0: leave it out")
+    flags.add_argument("--base-pictures", type=int, default=6, help="pictures for the base captioner; 0: leave it out")
+    flags.add_argument("--batch-size", type=int, default=distcap.CaptionConfig.batch_size, help="pictures per batch")
+    flags.add_argument("--rounds", type=int, default=3, help="how often each is timed; medians are printed")
+    flags = verbs.add_parser("train", help="speed of a step of `distcap train`")
+    flags.add_argument("--size", choices=("base", "small"), default="base", help="of the captioner")
+    flags.add_argument("--batch-size", type=int, default=2, help="pictures per batch")
+    flags.add_argument("--rounds", type=int, default=5, help="how often each is timed; medians are printed")
+    given = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    print(f"batches of {given.batch_size}, {given.rounds} rounds, {torch.get_num_threads()} threads; medians")
+    {"caption": print_captions, "train": print_steps}[given.verb](given)
 
 
 if __name__ == "__main__":
