@@ -112,6 +112,9 @@ class CaptionConfig(Decoding):
     overwrite: bool = option(False, "caption anew what has a caption in --out")
     samples: int = option(0, "draw so many captions per picture; 0: beam search", minimum=0)
     temperature: float = option(0.7, "of --samples; 1 is the captioner's own distribution", minimum=0.01)
+    top_p: float = option(1.0, "of --samples: only the likeliest tokens that make up so much", minimum=0, maximum=1)
+    min_length: int = option(5, "fewest tokens in a caption", minimum=0)
+    repetition_penalty: float = option(1.0, "above 1, words written already are less likely", minimum=0.01)
     rerank: bool = option(False, "of --samples (here 8), keep what best tells a picture from its batch (Eq. 6)")
     beams: int = option(3, "beam search width; 1 decodes greedily", minimum=1)
 
@@ -795,8 +798,7 @@ def toy_measures(captions: Sequence[str], scenes: Sequence[str]) -> dict[str, fl
 
 def evaluate(captions: Sequence[str], examples: Sequence[Example], clip: CLIP) -> dict[str, float]:
     """All the measures of captions[n] for examples[n]."""
-    images = clip.embed_images(example.image for example in examples)
-    measures = retrieval(clip.embed_captions(captions), images)
+    measures = retrieval(clip.embed_captions(captions), clip.embed_images(example.image for example in examples))
     measures |= ngram_metrics(captions, [example.references for example in examples])
     measures["mean_length"] = statistics.fmean(len(caption.split()) for caption in captions)
     measures["distinct"] = len(set(captions)) / len(captions)
@@ -906,9 +908,13 @@ def caption(config: CaptionConfig) -> int:
     paths, failures = [path for path in found if config.overwrite or names[path] not in rows], []
     captioner = Captioner.load(config.captioner, config.device, config.prompt) if paths else None
     clip = CLIP.load(clip_name(config), config.device) if paths and config.rerank else None
-    samples = config.samples or 8 * config.rerank
-    drawn = dict(do_sample=True, temperature=config.temperature, num_beams=1, num_return_sequences=samples)
-    captions = write_captions(captioner, paths, config, clip, **(drawn if samples else {}))
+    options = dict(
+        min_new_tokens=min(config.min_length, config.max_length), repetition_penalty=config.repetition_penalty
+    )
+    if samples := config.samples or 8 * config.rerank:
+        drawing = dict(do_sample=True, temperature=config.temperature, top_p=config.top_p)
+        options |= drawing | dict(num_beams=1, num_return_sequences=samples)
+    captions = write_captions(captioner, paths, config, clip, **options)
     for number, (path, written) in enumerate(zip(paths, captions), 1):
         if isinstance(written, UserError):
             failures.append(written)
@@ -921,8 +927,8 @@ def caption(config: CaptionConfig) -> int:
     for failure in failures:
         print(f"distcap: {str(failure).translate(ESCAPES)}", file=sys.stderr)
     if out:
-        kept, failed = len(found) - len(paths), len(failures)
-        print(f"distcap: {len(paths) - failed} captioned, {failed} failed, {kept} had a caption", file=sys.stderr)
+        done, kept = len(paths) - len(failures), len(found) - len(paths)
+        print(f"distcap: {done} captioned, {len(failures)} failed, {kept} had a caption", file=sys.stderr)
     return 1 if failures else 0
 
 

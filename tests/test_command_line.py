@@ -214,6 +214,20 @@ def test_samples_are_a_line_each_and_reranking_keeps_one_of_them(run, tmp_path, 
     assert all(len(row["caption"]) == 2 for row in rows_of(out))
 
 
+def test_lengths_repetition_and_top_p_shape_what_is_written(run, capsys):
+    def words(*flags):
+        assert distcap.main(["caption", str(run / "test"), "--captioner", str(run), "--beams", "1", *flags]) == 0
+        return [line.split("\t")[1].split() for line in capsys.readouterr().out.splitlines()]
+
+    assert {len(each) for each in words("--min-length", "12", "--max-length", "12")} == {12}
+    assert {len(each) for each in words("--max-length", "3")} == {3}  # the shorter limit wins
+    greedy = words()
+    assert words("--samples", "1", "--top-p", "0") == greedy  # only the likeliest token is left
+    assert words("--samples", "1") != greedy
+    once = words("--repetition-penalty", "1000", "--min-length", "10")
+    assert all(len(set(each)) == len(each) for each in once) and once != greedy
+
+
 def test_the_prompt_of_the_command_reaches_the_captioner(run, capsys, monkeypatch):
     seen, load = [], distcap.Captioner.load
     monkeypatch.setattr(distcap.Captioner, "load", lambda *given: seen.append(given[2]) or load(*given))
