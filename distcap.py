@@ -908,13 +908,11 @@ def caption(config: CaptionConfig) -> int:
     paths, failures = [path for path in found if config.overwrite or names[path] not in rows], []
     captioner = Captioner.load(config.captioner, config.device, config.prompt) if paths else None
     clip = CLIP.load(clip_name(config), config.device) if paths and config.rerank else None
-    options = dict(
-        min_new_tokens=min(config.min_length, config.max_length), repetition_penalty=config.repetition_penalty
-    )
+    options = dict(min_new_tokens=min(config.min_length, config.max_length))
     if samples := config.samples or 8 * config.rerank:
         drawing = dict(do_sample=True, temperature=config.temperature, top_p=config.top_p)
         options |= drawing | dict(num_beams=1, num_return_sequences=samples)
-    captions = write_captions(captioner, paths, config, clip, **options)
+    captions = write_captions(captioner, paths, config, clip, repetition_penalty=config.repetition_penalty, **options)
     for number, (path, written) in enumerate(zip(paths, captions), 1):
         if isinstance(written, UserError):
             failures.append(written)
