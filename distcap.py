@@ -732,7 +732,7 @@ class Learner:
     def similarity_rewards(self, captions: Tensor, indices: Tensor, own: Tensor) -> Tensor:
         """r_sim: Eq. 6, Eq. 8 or, for other baselines, the cosine with the own image: (C, D), (B,), (C,) -> (C,)."""
         images, count = self.images[indices], self.config.neighbours  # (B, D)
-        near = nearest_images(self.images, indices, count) if count else indices[:0]  # (B, n)
+        near = nearest_images(self.images, indices, count) if count else indices[:0]  # (B, n), or none
         if self.config.baseline == "contrastive":
             images = torch.cat([images, self.images[near[~torch.isin(near, indices)].unique()]])  # hard negatives
             return contrastive_reward(captions, images, own, self.clip.logit_scale, self.config.direction)
@@ -814,7 +814,7 @@ def table(columns: dict[str, dict[str, float]]) -> str:
         share = "R@" in name or name in ("well_formed", "faithful", "distinct")
         form = "{:.1%}" if share else "{:,.0f}" if "rank" in name else "{:.3f}"
         rows.append((name, *(form.format(column[name]) for column in columns.values())))
-    return "\n".join(f"{name:26}" + "".join(f"{value:>10}" for value in values) for name, *values in rows)
+    return "\n".join(f"{name:26}" + "".join(f" {value:>10}" for value in values) for name, *values in rows)
 
 
 # ---- 10  Command line ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The tutorial: it runs, its outputs are today's, its exercises can be solved, and it copies nothing of distcap.py."""
 
 import ast
+import base64
 import inspect
 import json
 import re
@@ -153,3 +154,10 @@ def test_without_the_hub_the_last_chapter_says_so(executed):
     (cell,) = [cell for cell in executed if cell.id.startswith("hub-try")]
     said = "".join(texts(cell))
     assert said.startswith("The Hub cannot be reached") or said.count("\n") == 6  # or it is in the cache
+
+
+def test_the_readme_shows_a_figure_of_the_committed_run():
+    (cell,) = [cell for cell in CODE if cell.id == "after"]
+    (figure,) = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert base64.b64decode(figure) == (ROOT / "tests" / "tutorial.png").read_bytes()
+    assert "](tests/tutorial.png)" in (ROOT / "README.md").read_text()
