@@ -10,6 +10,7 @@ interrupted command picks up where it stopped. A job is a process with one threa
 """
 
 import argparse
+import contextlib
 import io
 import json
 import random
@@ -67,9 +68,9 @@ HEADLINE = (START, RERANKED, "cosine, self-critical", "**the full method**")  # 
 QUICK = ["--train-size", "200", "--test-size", "30", "--clip-steps", "10", "--tf-steps", "10", "--steps", "2"]
 
 
-def departures(row: str) -> list:
-    """Patches that bring back what distcap does otherwise than the authors' scripts, for the rows that measure it."""
-    advantages, generate = distcap.Learner.advantages, distcap.Captioner.generate
+def departures(row: str) -> contextlib.AbstractContextManager:
+    """A patch that brings back what distcap does otherwise than the authors' scripts, for the rows that measure it."""
+    generate = distcap.Captioner.generate
 
     def not_centred(self, sampled, ground_truth, greedy):
         return sampled, ground_truth
@@ -77,13 +78,12 @@ def departures(row: str) -> list:
     def beam_search(self, features, max_length, **decoding):
         return generate(self, features, max_length, **({"num_beams": 5} if decoding.get("do_sample") else decoding))
 
-    return {
-        "the full method, not centred": [mock.patch.object(distcap.Learner, "advantages", not_centred)],
-        "the full method, negative ground truth not clamped": [
-            mock.patch.object(distcap, "ground_truth_loss", distcap.reinforce_loss)
-        ],
-        "the full method, beam search for a sample": [mock.patch.object(distcap.Captioner, "generate", beam_search)],
-    }.get(row, [mock.patch.object(distcap.Learner, "advantages", advantages)])
+    patched = {
+        "the full method, not centred": (distcap.Learner, "advantages", not_centred),
+        "the full method, negative ground truth not clamped": (distcap, "ground_truth_loss", distcap.reinforce_loss),
+        "the full method, beam search for a sample": (distcap.Captioner, "generate", beam_search),
+    }
+    return mock.patch.object(*patched[row]) if row in patched else contextlib.nullcontext()
 
 
 def train(folder: Path, seed: int, flags: list[str]) -> None:
@@ -140,10 +140,9 @@ def measure_seed(seed: int, out: Path, quick: bool) -> dict[str, dict]:
     for row, (flags, _) in ROWS.items():
         name = re.sub(r"\W+", "-", row).strip("-")
         folder = start if row in (START, RERANKED) else out / f"seed{seed}-{name}"
-        (patch,) = departures(row)
-        with patch:
-            if folder != start:
-                both = ["--captioner", str(start), "--clip", str(start), "--tf-steps", "0"]
+        if folder != start:
+            both = ["--captioner", str(start), "--clip", str(start), "--tf-steps", "0"]
+            with departures(row):
                 train(folder, seed, [*both, *extra, *flags])
         saved = folder / ("reranked.json" if row == RERANKED else "measured.json")
         if not saved.exists():

@@ -56,8 +56,7 @@ def test_a_difference_comes_with_an_interval_around_it():
 def test_departures_are_patched_and_put_back(monkeypatch):
     original = distcap.Learner.advantages, distcap.ground_truth_loss, distcap.Captioner.generate
     for row in claims.ROWS:
-        (patch,) = claims.departures(row)
-        with patch:
+        with claims.departures(row):
             changed = (distcap.Learner.advantages, distcap.ground_truth_loss, distcap.Captioner.generate) != original
             assert changed == row.startswith("the full method, ")
     assert original == (distcap.Learner.advantages, distcap.ground_truth_loss, distcap.Captioner.generate)
