@@ -88,7 +88,7 @@ class TrainConfig(Decoding):
     direction: str = option("both", "direction of Eq. 6", choices="both image-to-text text-to-image")
     samples: int = option(1, "captions drawn per picture", minimum=1)
     neighbours: int = option(0, "similar images of Eq. 8; with Eq. 6, they compete", minimum=0)
-    similarity_weight: float = option(0.94, "alpha of Eq. 3; the discriminator weighs the rest", minimum=0, maximum=1)
+    similarity_weight: float = option(0.94, "alpha of Eq. 3; D weighs the rest", toy=0.99, minimum=0, maximum=1)
     sampled_weight: float = option(1.0, "weight of REINFORCE on sampled captions (Eq. 2)", minimum=0)
     ground_truth_weight: float = option(1.0, "weight of REINFORCE on ground truth (Eq. 5)", toy=2.0, minimum=0)
     tf_steps: int = option(0, "steps of teacher forcing, first", toy=600, minimum=0)

@@ -21,7 +21,7 @@ def test_table_is_mean_and_standard_deviation_over_seeds():
     assert row.startswith("| a row | 0.30 ± 0.14 |") and single.startswith("| another | 0.20 |")
 
 
-@pytest.mark.parametrize("make", [claims.headline, claims.markdown, claims.differences])
+@pytest.mark.parametrize("make", [claims.headline, claims.markdown, claims.differences, claims.tuning])
 def test_the_readme_holds_the_tables_of_the_file_that_the_command_wrote(make):
     rows = json.loads((HERE / "claims.json").read_text())
     assert list(rows) == list(claims.ROWS)
@@ -30,10 +30,13 @@ def test_the_readme_holds_the_tables_of_the_file_that_the_command_wrote(make):
     ] == make(rows)
 
 
-def test_the_oracle_of_each_picture_has_the_mean_that_distcap_measures(world):
+def test_the_measures_of_each_picture_have_the_means_that_distcap_measures(world, clip):
     captions = [world[0].scene, "two shapes", "nonsense", *(example.references[0] for example in world[3:])]
-    mean = distcap.toy_measures(captions, [example.scene for example in world])["oracle_R@1"]
-    assert sum(claims.oracle(captions, world)) / len(world) == pytest.approx(mean)
+    each, measured = claims.each_picture(captions, world, clip), distcap.evaluate(captions, world, clip)
+    assert set(each) == set(claims.PAIRED)
+    assert {name: sum(each[name]) / len(world) for name in each} == pytest.approx(
+        {name: measured[name] for name in each}
+    )
 
 
 def test_look_alikes_equals_a_slow_loop():
@@ -48,18 +51,62 @@ def test_look_alikes_equals_a_slow_loop():
 
 
 def test_a_difference_comes_with_an_interval_around_it():
-    seeds = [{"a": {"oracle": [0.9, 0.7] * 50}, "b": {"oracle": [0.5, 0.5] * 50}} for _ in range(3)]
-    mean, low, high = claims.difference("a", "b", seeds, rounds=200)
+    mean, low, high = claims.difference([[0.9, 0.7] * 50] * 3, [[0.5, 0.5] * 50] * 3, rounds=200)
     assert mean == pytest.approx(0.3) and 0.25 < low < 0.3 < high < 0.35
+    # pictures that agree leave only the seeds to differ: 27 draws, of which one is all of the least
+    assert claims.difference([[0.0] * 9, [0.5] * 9, [1.0] * 9], [[0.0] * 9] * 3) == pytest.approx((0.5, 0.0, 1.0))
 
 
-def test_departures_are_patched_and_put_back(monkeypatch):
-    original = distcap.Learner.advantages, distcap.ground_truth_loss, distcap.Captioner.generate
+def test_patches_are_put_on_and_taken_off():
+    learner, marks = distcap.Learner, ("the full method, ", "+ CIDEr", "+ KL", "+ grammar", "CIDEr, ")
+
+    def attributes():
+        inner = learner.advantages, learner.similarity_rewards, distcap.Captioner.generate
+        return distcap.Learner, distcap.ground_truth_loss, inner
+
+    original = attributes()
     for row in claims.ROWS:
-        with claims.departures(row):
-            changed = (distcap.Learner.advantages, distcap.ground_truth_loss, distcap.Captioner.generate) != original
-            assert changed == row.startswith("the full method, ")
-    assert original == (distcap.Learner.advantages, distcap.ground_truth_loss, distcap.Captioner.generate)
+        with claims.patched(row):
+            assert (attributes() != original) == any(mark in row for mark in marks), row
+    assert original == attributes()
+
+
+def test_without_greedy_captions_the_others_compete_alone(world, captioner, clip):
+    config = distcap.configuration(distcap.TrainConfig, {"batch_size": 4})
+    learner = distcap.Learner(captioner, clip, world, config)
+    texts = [world[n].scene for n in range(4)] + [world[n].references[0] for n in range(4)] + ["two shapes"] * 4
+    captions, indices, own = clip.embed_captions(texts), torch.arange(4), torch.arange(4).repeat(3)
+    expected = distcap.contrastive_reward(captions[:8], learner.images[:4], own[:8], clip.logit_scale)
+    with claims.patched("the full method, greedy captions out of the pool"):
+        rewards = learner.similarity_rewards(captions, indices, own)
+    assert rewards[:8].equal(expected) and rewards.shape == (12,)
+    assert not learner.similarity_rewards(captions, indices, own)[:8].allclose(expected)
+
+
+def test_what_did_best_where_it_was_tuned_gets_a_row(monkeypatch):
+    monkeypatch.setattr(claims, "ROWS", dict(claims.ROWS))
+    own, other, third = claims.RATES
+    claims.add_tuned_rows({"cosine, self-critical": {own: [0.2, 0.2], other: [0.0, 0.5], third: [0.1, 0.1]}})
+    flags = [*claims.GREEDY, *claims.ALONE, "--learning-rate", "2e-4"]
+    assert claims.ROWS["cosine, self-critical, tuned"] == (flags, "cosine, self-critical")
+    rows = len(claims.ROWS)
+    claims.add_tuned_rows({"cosine, group of 4": {own: [0.5, 0.5], other: [0.0, 0.5], third: [0.1, 0.1]}})
+    assert len(claims.ROWS) == rows  # its own settings were the best
+
+
+def test_what_is_tried_begins_with_the_settings_of_the_row():
+    defaults = distcap.configuration(distcap.TrainConfig, {})
+    for row, tried in claims.TRIED.items():
+        flags, values = claims.ROWS[row][0], tried[0].split()
+        for flag, value in zip(values[::2], values[1::2]):
+            set_to = flags[flags.index(flag) + 1] if flag in flags else getattr(defaults, flag[2:].replace("-", "_"))
+            assert float(value) == float(set_to), (row, flag)
+
+
+def test_tuning_json_holds_what_is_tried():
+    found = json.loads(claims.TUNING.read_text())
+    assert {row: list(found[row]) for row in found} == claims.TRIED
+    assert all(len(values) == len(claims.TUNING_SEEDS) for tried in found.values() for values in tried.values())
 
 
 def test_rows_name_flags_that_exist_and_rows_that_exist():
@@ -72,5 +119,5 @@ def test_rows_name_flags_that_exist_and_rows_that_exist():
 def test_the_readme_names_flags_that_exist():
     known = {f"--{each.name.replace('_', '-')}" for cls, _ in distcap.VERBS.values() for each in
              distcap.dataclasses.fields(cls)}  # fmt: skip
-    known |= {"--no-recursive", "--help", "--seeds", "--jobs", "--quick", "--readme", "--check"}
+    known |= {"--no-recursive", "--help", "--seeds", "--jobs", "--quick", "--readme", "--tune", "--check"}
     assert set(re.findall(r"(?<!\S)[`(]?(--[a-z-]+)", README)) <= known

@@ -52,7 +52,7 @@ def test_train_leaves_a_run_folder(run):
                 "oracle_R@1", "mean_length"} <= set(results[row])  # fmt: skip
     assert results["seed"] == 0 and results["split"] == "test" and results["images"] == 40
     config = json.loads((run / "config.json").read_text())
-    assert config["steps"] == 4 and config["similarity_weight"] == 0.94
+    assert config["steps"] == 4 and config["similarity_weight"] == 0.99
     stages = [json.loads(line)["stage"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert stages == ["clip"] * 40 + ["tf"] * 60 + ["rl"] * 4
     assert len(list((run / "test").glob("*.png"))) == 40 and not list(run.rglob("*.partial"))
