@@ -32,7 +32,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -60,10 +59,10 @@ def explain(what: str, remedy: str = "") -> Iterator[None]:
 # ---- 1  Configuration: the only home of a default and of its help text. The command line's flags are made from it. ---
 def option(default, help: str, **limits):
     """A field and its help text. `choices`, `minimum`, `maximum` limit it; `toy` is its default on the toy world."""
-    return field(default=default, metadata={"help": help, **limits})
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Decoding:
     """What every verb needs to write a caption."""
 
@@ -77,7 +76,7 @@ class Decoding:
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainConfig(Decoding):
     """Train a captioner: teacher forcing, then reinforcement learning; ends with a table of before and after."""
 
@@ -102,7 +101,7 @@ class TrainConfig(Decoding):
     test_size: int = option(1000, "examples held out for the table", minimum=1)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class CaptionConfig(Decoding):
     """Write a caption for every picture: path, tab, caption, a line each, on standard output."""
 
@@ -119,7 +118,7 @@ class CaptionConfig(Decoding):
     beams: int = option(3, "beam search width; 1 decodes greedily", minimum=1)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class EvalConfig(Decoding):
     """Caption a data set and measure the captions."""
 
@@ -144,7 +143,7 @@ def configuration(cls, values: dict):
 
 
 # ---- 2  Data: examples, the toy world, pictures from disk ------------------------------------------------------------
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Example:
     """A picture, on disk or in memory, and its references: the human captions. In the toy world, also its `scene`."""
 
@@ -349,6 +348,7 @@ class Captioner(nn.Module):
             prompt = getattr(model.config, "prompt", "a picture of" if self.family == "blip" else "")
         self.prompt = model.config.prompt = prompt
         self.start = [start, *tokenizer(prompt, add_special_tokens=False).input_ids]
+        self.longest = model.config.get_text_config(decoder=True).max_position_embeddings - len(self.start)
         ids = dict(decoder_start_token_id=start, eos_token_id=self.end, pad_token_id=self.pad)
         writer = model.text_decoder if self.family == "blip" else model
         writer.generation_config = GenerationConfig(**ids)  # the checkpoint's own settings would bias the samples
@@ -398,8 +398,7 @@ class Captioner(nn.Module):
 
     def tokenize(self, captions: Sequence[str], max_length: int) -> Tensor:
         """Captions as tokens (B, T), T <= P + max_length. Longer ones are cut, and then have no end token."""
-        texts = [f"{self.prompt} {each}".strip() for each in captions]
-        words = self.tokenizer(texts, add_special_tokens=False).input_ids
+        words = self.tokenizer([f"{self.prompt} {c}".strip() for c in captions], add_special_tokens=False).input_ids
         rows = [torch.tensor([self.start[0], *row, self.end][: len(self.start) + max_length]) for row in words]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.model.device)
 
@@ -773,11 +772,9 @@ def ngram_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]) 
     """BLEU-4, ROUGE-L and CIDEr by pycocoevalcap, on lower-case words without punctuation."""
     from pycocoevalcap.eval import Bleu, Cider, Rouge
 
-    def words(texts: Sequence[str]) -> list[str]:
-        return [" ".join(re.findall(r"\w+(?:['-]\w+)*", text.lower())) for text in texts]
-
-    written = {number: words([caption]) for number, caption in enumerate(captions)}
-    human = {number: words(each) for number, each in enumerate(references)}
+    words = re.compile(r"\w+(?:['-]\w+)*").findall
+    written = {number: [" ".join(words(caption.lower()))] for number, caption in enumerate(captions)}
+    human = {number: [" ".join(words(text.lower())) for text in texts] for number, texts in enumerate(references)}
     return {
         "bleu_4": float(Bleu(4).compute_score(human, written, verbose=0)[0][3]),
         "rouge_l": float(Rouge().compute_score(human, written)[0]),
@@ -796,9 +793,9 @@ def toy_measures(captions: Sequence[str], scenes: Sequence[str]) -> dict[str, fl
     }
 
 
-def evaluate(captions: Sequence[str], examples: Sequence[Example], clip: CLIP) -> dict[str, float]:
-    """All the measures of captions[n] for examples[n]."""
-    measures = retrieval(clip.embed_captions(captions), clip.embed_images(example.image for example in examples))
+def evaluate(captions: Sequence[str], examples: Sequence[Example], images: Tensor, clip: CLIP) -> dict[str, float]:
+    """All the measures of captions[n] for examples[n], of which images[n] is the image's embedding: (N, D)."""
+    measures = retrieval(clip.embed_captions(captions), images)
     measures |= ngram_metrics(captions, [example.references for example in examples])
     measures["mean_length"] = statistics.fmean(len(caption.split()) for caption in captions)
     measures["distinct"] = len(set(captions)) / len(captions)
@@ -820,15 +817,17 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 # ---- 10  Command line ------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def write_captions(
-    captioner: Captioner, images: Sequence[Path], config: Decoding, clip: CLIP | None = None, **decoding
+    captioner: Captioner, images: Sequence[Path], config: Decoding, clip: CLIP | None = None, skip=False, **decoding
 ) -> Iterator[list[str] | UserError]:
-    """For each picture, in order, its captions, or the error that its file gave; with a `clip`, only the best one."""
+    """Captions of each picture; with a `clip`, the best one. A bad file's error is raised, or given if `skip`."""
+    if config.max_length > captioner.longest:
+        raise UserError(f"--max-length {config.max_length}: this captioner writes at most {captioner.longest} tokens")
     with ThreadPoolExecutor() as threads:
         for start in tqdm(range(0, len(images), config.batch_size), "caption", disable=None):
             torch.manual_seed(config.seed * 1_000_003 + start)
             loads = [threads.submit(load_image, image) for image in images[start : start + config.batch_size]]
             captions = iter(())
-            if good := [load.result() for load in loads if not load.exception()]:
+            if good := [load.result() for load in loads if not (skip and load.exception())]:
                 features = captioner.encode(captioner.pixels(good))
                 written = captioner.decode(
                     captioner.generate(features, config.max_length, **{"num_beams": config.beams} | decoding)
@@ -881,13 +880,14 @@ def train(config: TrainConfig) -> None:
             captioner = toy_captioner(config.seed).to(config.device)
             clip = toy_clip(out / "clip", training, config, log)
         learner, images = Learner(captioner, clip, training, config), [example.image for example in test]
+        shown = clip.embed_images(images)  # a picture that cannot be read ends the run here, before the slow part
         if config.objective == "rl":
             learner.fit("tf", log)
         before = [each for (each,) in write_captions(captioner, images, config)]
         learner.fit(config.objective, log)
     captioner.save(out / "captioner")
     captions = {"before": before, "after": [each for (each,) in write_captions(captioner, images, config)]}
-    measured = {row: evaluate(captions[row], test, clip) for row in captions}
+    measured = {row: evaluate(captions[row], test, shown, clip) for row in captions}
     about = dict(split="test", images=len(test), seed=config.seed, beams=config.beams, max_length=config.max_length)
     about["versions"] = {name: version(name) for name in ("torch", "transformers", "open_clip_torch", "pycocoevalcap")}
     write_text(out / "results.json", json.dumps(measured | about, indent=2))
@@ -908,11 +908,11 @@ def caption(config: CaptionConfig) -> int:
     paths, failures = [path for path in found if config.overwrite or names[path] not in rows], []
     captioner = Captioner.load(config.captioner, config.device, config.prompt) if paths else None
     clip = CLIP.load(clip_name(config), config.device) if paths and config.rerank else None
-    options = dict(min_new_tokens=min(config.min_length, config.max_length))
+    extra = dict(repetition_penalty=config.repetition_penalty, min_new_tokens=min(config.min_length, config.max_length))
     if samples := config.samples or 8 * config.rerank:
         drawing = dict(do_sample=True, temperature=config.temperature, top_p=config.top_p)
-        options |= drawing | dict(num_beams=1, num_return_sequences=samples)
-    captions = write_captions(captioner, paths, config, clip, repetition_penalty=config.repetition_penalty, **options)
+        extra |= drawing | dict(num_beams=1, num_return_sequences=samples)
+    captions = write_captions(captioner, paths, config, clip, skip=True, **extra)
     for number, (path, written) in enumerate(zip(paths, captions), 1):
         if isinstance(written, UserError):
             failures.append(written)
@@ -938,7 +938,8 @@ def evaluate_command(config: EvalConfig) -> None:
     captioner = Captioner.load(config.captioner, config.device, config.prompt)
     clip = CLIP.load(clip_name(config), config.device)
     images = [example.image for example in examples]
-    measures = evaluate([each for (each,) in write_captions(captioner, images, config)], examples, clip)
+    captions = [each for (each,) in write_captions(captioner, images, config)]
+    measures = evaluate(captions, examples, clip.embed_images(images), clip)
     print(table({Path(config.data).resolve().name: measures}))
     if config.out:
         write_text(Path(config.out), json.dumps(measures, indent=2))
@@ -959,9 +960,8 @@ def add_flags(parser: argparse.ArgumentParser, cls) -> None:
     for each in dataclasses.fields(cls):
         limits, flag, kind = each.metadata, "--" + each.name.replace("_", "-"), each.type.split(" ")[0]
         toy = f"; on toy {limits['toy'] or 'its own'}" if "toy" in limits else ""
-        help = limits["help"] + (
-            f" (default: {each.default}{toy})" if toy or each.default not in (None, "", ()) else ""
-        )
+        told = toy or each.default not in (None, "", ())
+        help = limits["help"] + (f" (default: {each.default}{toy})" if told else "")
         if "positional" in limits:
             parser.add_argument(each.name, metavar=each.name.upper(), nargs=limits["positional"], help=limits["help"])
         elif kind == "bool":

@@ -32,7 +32,8 @@ def test_the_readme_holds_the_tables_of_the_file_that_the_command_wrote(make):
 
 def test_the_measures_of_each_picture_have_the_means_that_distcap_measures(world, clip):
     captions = [world[0].scene, "two shapes", "nonsense", *(example.references[0] for example in world[3:])]
-    each, measured = claims.each_picture(captions, world, clip), distcap.evaluate(captions, world, clip)
+    images = clip.embed_images(example.image for example in world)
+    each, measured = claims.each_picture(captions, world, images, clip), distcap.evaluate(captions, world, images, clip)
     assert set(each) == set(claims.PAIRED)
     assert {name: sum(each[name]) / len(world) for name in each} == pytest.approx(
         {name: measured[name] for name in each}

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -268,6 +269,23 @@ def test_a_broken_training_picture_is_one_line(run, tmp_path, capsys):
     flags = ["--captioner", str(run), "--batch-size", "2", "--steps", "1", "--out", str(tmp_path / "run")]
     assert distcap.main(["train", str(tmp_path), *flags]) == 2
     assert "3.png: cannot be read" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_broken_test_picture_is_one_line(run, tmp_path, capsys):
+    shutil.copytree(run / "test", tmp_path / "data")
+    whole = sorted((tmp_path / "data").glob("*.png"))[7]
+    whole.write_bytes(whole.read_bytes()[:60])
+    assert distcap.main(["eval", str(tmp_path / "data"), "--captioner", str(run)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and str(whole) in printed.err and printed.out == ""
+
+
+@pytest.mark.parametrize("verb", ["caption", "eval"])
+def test_a_length_that_the_captioner_cannot_write_is_one_line(verb, run, capsys):
+    command = [verb, str(run / "test"), "--captioner", str(run), "--max-length"]
+    assert distcap.main([*command, "32"]) == 2
+    assert capsys.readouterr().err == "distcap: --max-length 32: this captioner writes at most 31 tokens\n"
+    assert distcap.main([*command, "31"]) == 0
 
 
 def test_a_captioner_that_cannot_load_leaves_no_run_folder(tmp_path, capsys):

@@ -71,13 +71,14 @@ def test_toy_measures_by_hand():
 
 
 def test_evaluate_has_every_measure_of_the_toy_world(clip, world):
-    perfect = distcap.evaluate([example.scene for example in world], world, clip)
+    images = clip.embed_images(example.image for example in world)
+    perfect = distcap.evaluate([example.scene for example in world], world, images, clip)
     assert perfect["oracle_R@1"] == perfect["faithful"] == perfect["well_formed"] == perfect["distinct"] == 1
     assert perfect["mean_length"] == pytest.approx(sum(len(e.scene.split()) for e in world) / len(world))
-    one = distcap.evaluate(["two shapes"] * len(world), world, clip)
+    one = distcap.evaluate(["two shapes"] * len(world), world, images, clip)
     assert one["oracle_R@1"] == pytest.approx(1 / len(world)) and one["distinct"] == 1 / len(world)
     anywhere = [distcap.dataclasses.replace(example, scene=None) for example in world]
-    assert "oracle_R@1" not in distcap.evaluate(["two shapes"] * len(world), anywhere, clip)
+    assert "oracle_R@1" not in distcap.evaluate(["two shapes"] * len(world), anywhere, images, clip)
 
 
 def test_table_prints_shares_in_percent_and_ranks_whole():
