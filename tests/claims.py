@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import functools
 import io
-import itertools
 import json
 import re
 import shutil
@@ -62,7 +61,8 @@ ROWS = {
     "the full method, greedy captions out of the pool": ([], "**the full method**"),
 }
 RATES = [f"--learning-rate {rate}" for rate in ("6e-4", "2e-4", "6e-5")]  # the first is that of every row
-WEIGHED = [" ".join(each) for each in itertools.product(RATES[:2], [f"--similarity-weight {a}" for a in (0.94, 0.8)])]
+PAIRS = ((RATES[0], 0.94), (RATES[1], 0.94), (RATES[0], 0.8))
+WEIGHED = [f"{rate} --similarity-weight {alpha}" for rate, alpha in PAIRS]
 # what is tried on TUNING_SEEDS, a row's own settings first; if others do better in oracle R@1, they get a row, too
 TRIED = {
     "cosine, self-critical": RATES,
@@ -102,6 +102,7 @@ COLUMNS = {
     "bleu_4": "BLEU-4",
     "mean_length": "words",
     "distinct": "distinct",
+    "discriminator": "D tells",
 }
 PAIRED = ("oracle_R@1", "text_to_image_R@1", "well_formed")  # columns of which differences are told
 HEADLINE = (START, RERANKED, "cosine, self-critical", "**the full method**")  # what the README begins with
@@ -204,6 +205,13 @@ def look_alikes(captions: torch.Tensor, images: torch.Tensor, count: int = 9) ->
     return (distcap.similarity_reward(captions, images) > others + 1e-6).float().mean().item()
 
 
+def told_apart(folder: Path, last: int = 50) -> float | None:
+    """Share of captions that the discriminator told rightly, sampled or human, in the last steps; None without RL."""
+    steps = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    accuracies = [step["discriminator_accuracy"] for step in steps if "discriminator_accuracy" in step]
+    return statistics.fmean(accuracies[-last:]) if accuracies else None
+
+
 def each_picture(
     captions: list[str], examples: list[distcap.Example], images, clip: distcap.CLIP
 ) -> dict[str, list[float]]:
@@ -232,6 +240,7 @@ def measure_seed(seed: int, out: Path, quick: bool) -> dict[str, dict]:
             found = distcap.evaluate(captions, examples, images, clip) | {
                 "judge_R@1": distcap.retrieval(judged, judged_images)["text_to_image_R@1"],
                 "look_alikes_R@1": look_alikes(judged, judged_images),
+                "discriminator": told_apart(folder),
                 "each": each_picture(captions, examples, images, clip),
                 "captions": captions,
             }
@@ -274,6 +283,9 @@ def markdown(rows: dict[str, dict], chosen=tuple(ROWS), columns=tuple(COLUMNS)) 
         cells = []
         for name in columns:
             values = rows[row][name]
+            if None in values:
+                cells.append("-")
+                continue
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.fmean(values):.2f}{spread}")
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
@@ -282,7 +294,7 @@ def markdown(rows: dict[str, dict], chosen=tuple(ROWS), columns=tuple(COLUMNS)) 
 
 def headline(rows: dict[str, dict]) -> str:
     """The few rows and columns that the README begins with."""
-    dropped = ("judge_R@1", "look_alikes_R@1", "distinct")
+    dropped = ("judge_R@1", "look_alikes_R@1", "distinct", "discriminator")
     return markdown(rows, HEADLINE, [name for name in COLUMNS if name not in dropped])
 
 

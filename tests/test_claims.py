@@ -40,6 +40,16 @@ def test_the_measures_of_each_picture_have_the_means_that_distcap_measures(world
     )
 
 
+def test_the_discriminators_accuracy_is_that_of_the_last_steps(run, tmp_path):
+    steps = [{"stage": "tf"}, *({"stage": "rl", "discriminator_accuracy": value} for value in (0.0, 0.5, 1.0))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert claims.told_apart(tmp_path, last=2) == 0.75 and 0 < claims.told_apart(run) < 1
+    (tmp_path / "log.jsonl").write_text(json.dumps(steps[0]) + "\n")
+    assert claims.told_apart(tmp_path) is None  # which the table shows as a dash
+    rows = {"a row": {name: [None, None] for name in claims.COLUMNS}}
+    assert claims.markdown(rows, rows).split("\n")[2].count("| - ") == len(claims.COLUMNS)
+
+
 def test_look_alikes_equals_a_slow_loop():
     images, captions = (torch.nn.functional.normalize(torch.randn(20, 4), dim=1) for _ in range(2))
     captions[:10] = images[:10]
