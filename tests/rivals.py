@@ -28,7 +28,7 @@ class CiderReward:
         self.references = self.scorer.crefs
 
     def __call__(self, captions: Sequence[str], indices: Sequence[int]) -> Tensor:
-        """captions[n] is of image indices[n]: -> (C,), 0 to 10."""
+        """captions[n], lower-case words with spaces between, is of image indices[n]: -> (C,), 0 to 10."""
         from pycocoevalcap.cider.cider_scorer import cook_refs
 
         self.scorer.ctest = cook_refs(captions)
