@@ -112,7 +112,13 @@ COLUMNS = {
     "discriminator": "D tells",
 }
 PAIRED = ("oracle_R@1", "text_to_image_R@1", "well_formed")  # columns of which differences are told
-HEADLINE = (START, RERANKED, "cosine, self-critical", "**the full method**")  # what the README begins with
+HEADLINE = (
+    START,
+    RERANKED,
+    "cosine, self-critical",
+    "cosine, self-critical, tuned",
+    "**the full method**",
+)  # what the README begins with
 QUICK = ["--train-size", "200", "--test-size", "30", "--clip-steps", "10", "--tf-steps", "10", "--steps", "2"]
 
 
