@@ -345,7 +345,7 @@ def figure(rows: dict[str, dict], path: Path) -> None:
     from matplotlib import pyplot
 
     _, axes = pyplot.subplots(figsize=(9, 0.19 * len(rows) + 0.4), layout="constrained")
-    corner = axes.inset_axes((0.07, 0.53, 0.55, 0.45), xlim=(0.7, 1), ylim=(0.76, 1.02))  # where most rows crowd
+    corner = axes.inset_axes((0.09, 0.63, 0.25, 0.35), xlim=(0.85, 0.96), ylim=(0.91, 1))  # where the best rows crowd
     points = [
         [statistics.fmean(columns[name]) for name in ("text_to_image_R@1", "oracle_R@1")] for columns in rows.values()
     ]
@@ -353,13 +353,14 @@ def figure(rows: dict[str, dict], path: Path) -> None:
         each.plot([0, 1], [0, 1], color="0.7", linestyle=":")
         for number, (row, (x, y)) in enumerate(zip(rows, points), 1):
             each.plot(x, y, "ko", markersize=4, markerfacecolor="white" if "tuned" in row else "black")
-            if each is corner or not (x > 0.7 and y > 0.76):
-                place = (4, 3) if number % 2 else (4, -10)
-                each.annotate(str(number), (x, y), xytext=place, textcoords="offset points", fontsize=8, clip_on=True)
+            if each is corner or not (x > 0.85 and y > 0.91):
+                place, side = ((-4, -3), "right") if number % 2 else ((4, -3), "left")
+                style = dict(xytext=place, textcoords="offset points", fontsize=8, ha=side, clip_on=True)
+                each.annotate(str(number), (x, y), **style)
     axes.indicate_inset_zoom(corner)
     names = "\n".join(f"{number}  {row.strip('*')}" for number, row in enumerate(rows, 1))
     axes.text(1.03, 1.0, names, transform=axes.transAxes, va="top", fontsize=8)
-    axes.set(xlabel="text-to-image R@1 of the CLIP that rewards", ylabel="oracle R@1", xlim=(-0.02, 1.02))
+    axes.set(xlabel="text-to-image R@1 of the CLIP that rewards", ylabel="oracle R@1", xlim=(-0.04, 1.02))
     pyplot.savefig(path, dpi=100)
 
 
