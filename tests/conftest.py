@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import: no test may reach for the network
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as `main` does, but tests import the libraries before it
 
 import io
 from types import SimpleNamespace
