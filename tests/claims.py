@@ -211,10 +211,8 @@ def write(folder: Path, seed: int, examples: list[distcap.Example], clip: distca
 
 def look_alikes(captions: torch.Tensor, images: torch.Tensor, count: int = 9) -> float:
     """Share of captions that are nearer to their own image than to each of the `count` images most similar to it."""
-    rivals = images[
-        distcap.nearest_images(images, torch.arange(len(images)), min(count, len(images) - 1))
-    ]  # (N, count, D)
-    others = torch.einsum("nd,ncd->nc", captions, rivals).max(dim=1).values
+    near = distcap.nearest_images(images, torch.arange(len(images)), min(count, len(images) - 1))  # (N, count)
+    others = torch.einsum("nd,ncd->nc", captions, images[near]).max(dim=1).values
     return (distcap.similarity_reward(captions, images) > others + 1e-6).float().mean().item()
 
 
@@ -345,7 +343,8 @@ def figure(rows: dict[str, dict], path: Path) -> None:
     from matplotlib import pyplot
 
     _, axes = pyplot.subplots(figsize=(9, 0.19 * len(rows) + 0.4), layout="constrained")
-    corner = axes.inset_axes((0.09, 0.63, 0.25, 0.35), xlim=(0.85, 0.96), ylim=(0.91, 1))  # where the best rows crowd
+    left, bottom = 0.85, 0.91  # above and to the right of this the best rows crowd
+    corner = axes.inset_axes((0.09, 0.63, 0.25, 0.35), xlim=(left, 0.96), ylim=(bottom, 1))
     points = [
         [statistics.fmean(columns[name]) for name in ("text_to_image_R@1", "oracle_R@1")] for columns in rows.values()
     ]
@@ -353,7 +352,7 @@ def figure(rows: dict[str, dict], path: Path) -> None:
         each.plot([0, 1], [0, 1], color="0.7", linestyle=":")
         for number, (row, (x, y)) in enumerate(zip(rows, points), 1):
             each.plot(x, y, "ko", markersize=4, markerfacecolor="white" if "tuned" in row else "black")
-            if each is corner or not (x > 0.85 and y > 0.91):
+            if each is corner or not (x > left and y > bottom):
                 place, side = ((-4, -3), "right") if number % 2 else ((4, -3), "left")
                 style = dict(xytext=place, textcoords="offset points", fontsize=8, ha=side, clip_on=True)
                 each.annotate(str(number), (x, y), **style)

@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 
 import torch
+from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs
 from torch import Tensor
 
 import distcap
@@ -19,8 +20,6 @@ class CiderReward:
     """CIDEr of captions against the references of their images, with the document frequencies of a whole data set."""
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
-        from pycocoevalcap.cider.cider_scorer import CiderScorer
-
         self.scorer = CiderScorer()
         for each in references:
             self.scorer += (None, each)
@@ -29,8 +28,6 @@ class CiderReward:
 
     def __call__(self, captions: Sequence[str], indices: Sequence[int]) -> Tensor:
         """captions[n], lower-case words with spaces between, is of image indices[n]: -> (C,), 0 to 10."""
-        from pycocoevalcap.cider.cider_scorer import cook_refs
-
         self.scorer.ctest = cook_refs(captions)
         rest = self.references[len(indices) :]  # never compared: the scorer takes the data set's size from the length
         self.scorer.crefs = [self.references[index] for index in indices] + rest
