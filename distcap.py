@@ -1,39 +1,64 @@
-"""distcap: distinctive image captioning with CLIP-guided reinforcement learning, in one readable file.
+"""distcap: distinctive image captioning with CLIP-guided reinforcement learning, in one file.
 
-A captioner trained by teacher forcing says what is true of many pictures. This one learns to say what is true of *this*
-picture: its reward is how well CLIP finds the picture from the caption, and back; human captions keep the writing
-human. The method: Chaffin, Kijak and Claveau, "Distinctive Image Captioning: Leveraging Ground Truth Captions in CLIP
+A captioner trained by teacher forcing says what is true of many pictures. This one learns to say
+what is true of *this* picture: its reward is how well CLIP finds the picture from the caption and
+the caption from the picture, and human captions keep the writing human. The method is that of
+Chaffin, Kijak and Claveau, "Distinctive Image Captioning: Leveraging Ground Truth Captions in CLIP
 Guided Reinforcement Learning" (arXiv 2402.13936). Equations are numbered as in the README.
 
-    python distcap.py train                                               # the whole method on a built-in toy world
-    python distcap.py caption runs/toy/test --captioner runs/toy          # one line per picture
-    python distcap.py eval runs/toy/test --captioner runs/toy             # the measures of the table
+    python distcap.py train                                       # all of it, on a built-in world
+    python distcap.py caption runs/toy/test --captioner runs/toy  # a line for each picture
+    python distcap.py eval runs/toy/test --captioner runs/toy     # the numbers of its table again
 
-Read top to bottom: data flows down the file and never back up. Shape letters in comments: B images of a batch,
-C captions of the pool, T tokens, V vocabulary, D embedding width.
+One step of training, from top to bottom:
 
-Departures from the authors' scripts, explained in the README: (1) the ground-truth term trains on the ground truth;
-(2) log-probabilities are means over real tokens; (3) samples are samples; (4) no dropout in RL; (5) Eq. 6 masks its own
-pair out; (6) centred advantages; (7) no negative weight on ground truth; (8) measures that the reward cannot hack.
+    picture ── encode ──> features ─┬─ sample x K ─┐
+                                    ├─ greedy ─────┼─> pool of captions ── CLIP ─┬─> r_sim ─┐
+    human caption ── tokenize ──────┴──────────────┘      (Eq. 6, 8 or a cosine) └─> r_reg ─┤
+                                                          (Eq. 4 or 10: human?)             │
+    loss = Eq. 2 on samples                                                          Eq. 3: rewards
+         + Eq. 5 on human captions <── log p, one pass <── advantages <── less a baseline ──┘
+                                                                          (Eq. 7, 9)
+
+Sections 1 to 5 are the method, and can be read, imported and tested alone. Tensors go in, tensors
+come out; of the rest of the file they use six methods of a captioner (encode, sample, greedy,
+tokenize, decode, log_probs) and one of a CLIP (embed_captions). Sections 6 to 12 are the program.
+
+Shape letters, the same in every comment below:
+    B images of a batch                      K captions sampled for each image
+    C captions of a pool: K*B + B + B        I images of a pool: B, and hard negatives if any
+    N pictures of a data set                 M images most similar to an image
+    P tokens before a caption: the start token and the prompt
+    T tokens of the longest caption of a batch, its end included
+    V tokens of the vocabulary               L places in an image's features
+    D width of CLIP's embeddings             H width of the captioner's features
+
+Where the authors' scripts go another way (the README says why): (1) the ground-truth term trains on
+the ground truth; (2) log p is the sum over a caption's real tokens, divided by a constant;
+(3) samples are drawn from the captioner itself; (4) there is no dropout in reinforcement learning;
+(5) Eq. 6 masks its own pair out; (6) advantages are centred; (7) no human caption is unlearned;
+(8) results include measures that the reward cannot hack.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
-import itertools
+import functools
 import json
 import logging
+import math
 import os
 import random
 import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +68,15 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake of the user's: the message names the file, flag or value and the remedy. The command exits with 2."""
+    """A mistake of the user's. The message is one line: the file, flag or value, and the remedy."""
 
 
 @contextlib.contextmanager
 def explain(what: str, remedy: str = "") -> Iterator[None]:
-    """Turn any error within into a UserError of one line: what it is about, what the error says, the remedy."""
+    """Turn an error of a library within into a UserError of one line, with what it was about.
+
+    Put it around the library's call alone: a mistake of ours should keep its traceback.
+    """
     try:
         yield
     except Exception as error:  # damaged files make libraries raise all kinds
@@ -56,101 +84,1315 @@ def explain(what: str, remedy: str = "") -> Iterator[None]:
         raise UserError(f"{what} ({reason}){remedy}") from None
 
 
-# ---- 1  Configuration: the only home of a default and of its help text. The command line's flags are made from it. ---
-def option(default, help: str, **limits):
-    """A field and its help text. `choices`, `minimum`, `maximum` limit it; `toy` is its default on the toy world."""
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
+def flag(default, help: str, kind=str, **options):
+    """A field of a settings class, and the command line's flag of that name. `kind` converts its
+    text; a tuple holds its choices."""
+    chosen = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+    return dataclasses.field(default=default, metadata={"help": help, **chosen, **options})
+
+
+def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[str], float]:
+    """A converter for `flag`: text to a number from `low` to `high`, or argparse's error."""
+
+    def convert(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} must be {limits}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse says "invalid int value"
+    return convert
+
+
+WEIGHT = number(0, kind=float)
+
+
+# ---- 1  Method: the settings that are the method -------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is optimised, and against what. The defaults are the method of Chaffin et al."""
+
+    # fmt: off
+    objective: str = flag("rl", "reinforcement learning after teacher forcing, or teacher forcing "
+                          "alone (Eq. 1)", ("rl", "tf"))
+    baseline: str = flag("contrastive", "what a caption is held against: the pool (Eq. 6), the "
+                         "greedy caption (Eq. 7), similar images (Eq. 8), other samples (Eq. 9), "
+                         "or nothing", ("contrastive", "greedy", "neighbours", "group", "none"))
+    direction: str = flag("both", "the half of Eq. 6 that counts",
+                          ("both", "image-to-text", "text-to-image"))
+    regularizer: str = flag("discriminator", "what speaks for human writing (Eq. 4, 10)",
+                            ("discriminator", "kl", "cider", "grammar", "none"))
+    samples: int = flag(1, "captions sampled for each picture", number(1))
+    neighbours: int = flag(0, "similar images; with Eq. 6, hard negatives", number(0))
+    similarity_weight: float = flag(0.94, "alpha of Eq. 3; the regularizer weighs the rest",
+                                    number(0, 1, float))
+    sampled_weight: float = flag(1.0, "weight of sampled captions (Eq. 2)", WEIGHT)
+    ground_truth_weight: float = flag(1.0, "weight of human captions (Eq. 5)", WEIGHT)
+    length_normalizer: str = flag("constant", "what log p of a caption is divided by: a constant, "
+                                  "or its own length (for comparison)", ("constant", "caption"))
+    # fmt: on
+
+    @property
+    def alpha(self) -> float:
+        """The weight of the similarity in Eq. 3: all of it where there is no regularizer."""
+        return 1.0 if self.regularizer == "none" else self.similarity_weight
+
+
+# Samples alone, each held against the greedy caption of its image.
+SELF_CRITICAL = dict(baseline="greedy", regularizer="none", ground_truth_weight=0.0)
+# The same with a regularizer, weighed as the authors weigh their discriminator.
+WEIGHED = SELF_CRITICAL | dict(similarity_weight=0.94)
+# Samples alone, and no regularizer.
+CLIP_ALONE = dict(regularizer="none", ground_truth_weight=0.0)
+
+# Published methods by name: what each changes in Method. They are faithful in the objective, not in
+# every detail (architectures, data, schedules).
+RECIPES: dict[str, dict] = {
+    "distinctive": {},  # Chaffin et al.: everything
+    "ground-truth": dict(sampled_weight=0.0, regularizer="none"),  # theirs, human captions alone
+    "tf": dict(objective="tf"),
+    "scst": SELF_CRITICAL | dict(regularizer="cider", similarity_weight=0.0),  # Rennie et al. 2017
+    "clip-scst": SELF_CRITICAL,  # Cho et al. 2022; with grammar, they weigh 2 * 2.5 cosine : 1
+    "clip-scst-grammar": SELF_CRITICAL | dict(regularizer="grammar", similarity_weight=0.83),
+    "clip-scst-cider": WEIGHED | dict(regularizer="cider"),
+    "clip-scst-kl": WEIGHED | dict(regularizer="kl"),
+    "clip-scst-discriminator": WEIGHED | dict(regularizer="discriminator"),
+    "similar-images": CLIP_ALONE | dict(baseline="neighbours", neighbours=10),  # Zhang et al. 2022
+    "retrieval": CLIP_ALONE | dict(direction="text-to-image"),  # after Dessì et al. 2023
+    "group": CLIP_ALONE | dict(baseline="group", samples=4),  # as in RLOO and GRPO
+    "no-baseline": CLIP_ALONE | dict(baseline="none"),
+}
+
+
+def ignored_settings(method: Method) -> dict[str, str]:
+    """The settings that change nothing in this method, each with the setting that is the reason."""
+    ignored = {}
+    if method.objective == "tf":
+        names = [field.name for field in dataclasses.fields(Method)]
+        return {name: "objective" for name in names[1:] if name != "length_normalizer"}
+    if method.baseline != "contrastive":
+        ignored["direction"] = "baseline"
+    if method.baseline not in ("contrastive", "neighbours"):
+        ignored["neighbours"] = "baseline"
+    elif method.baseline == "contrastive" and method.direction == "image-to-text":
+        ignored["neighbours"] = "direction"  # hard negatives are images
+    if method.regularizer == "none":
+        ignored["similarity_weight"] = "regularizer"
+    if method.sampled_weight == 0 and method.baseline not in ("contrastive", "group"):
+        ignored["samples"] = "sampled_weight"
+    return ignored
+
+
+# ---- 2  Objective: the only place where a loss of the captioner is made --------------------------
+def caption_log_probs(log_probs: Tensor, mask: Tensor, longest: float | None) -> Tensor:
+    """log p(c|i) of each caption, as it stands in Eq. 1, 2 and 5: (B, T), (B, T) -> (B,).
+
+    The sum of the token log-probabilities, in nats, over the caption's real tokens; padding counts
+    for nothing. It is divided by `longest`, the same constant for every caption, which only sets
+    the scale. With `longest` None each caption is divided by its own length, as many scripts do,
+    and then the theorems of REINFORCE no longer hold: the update follows the gradient of E[A / T],
+    so even a reward of 1 for everything teaches something, namely to be brief.
+    """
+    total = (log_probs * mask).sum(dim=1)
+    if longest is None:
+        return total / mask.sum(dim=1).clamp(min=1)
+    return total / longest
+
+
+def teacher_forcing_loss(human_log_probs: Tensor) -> Tensor:
+    """-log p(ground truth | i) (Eq. 1), the mean over the batch: (B,) -> ()."""
+    return -human_log_probs.mean()
+
+
+def reinforce_loss(sampled_log_probs: Tensor, advantages: Tensor) -> Tensor:
+    """-A log p(c|i) (Eq. 2), the mean over the samples: (K*B,), (K*B,) -> ().
+
+    The advantages are detached. Only the gradient means something, it is the score-function
+    estimate of that of the expected reward; the value is no measure of progress.
+    """
+    return -(advantages.detach() * sampled_log_probs).mean()
+
+
+def ground_truth_loss(human_log_probs: Tensor, advantages: Tensor) -> Tensor:
+    """REINFORCE with the human caption in the place of a sample (Eq. 5): (B,), (B,) -> ().
+
+    Teacher forcing, weighted by how distinctive each caption is. A negative advantage counts as
+    zero: a human caption less distinctive than others is left alone, not unlearned.
+    """
+    return reinforce_loss(human_log_probs, advantages.clamp(min=0))
+
+
+# ---- 3  Rewards and baselines: pure functions of unit embeddings, none of which has a gradient ---
+def similarity_reward(caption_embeddings: Tensor, image_embeddings: Tensor) -> Tensor:
+    """Cosine of each caption with its own image: (C, D), (C, D) -> (C,). Cho et al. 2022."""
+    return (caption_embeddings * image_embeddings).sum(dim=1)
+
+
+def soft_maximum(logits: Tensor) -> Tensor:
+    """log sum exp of each row: (C, I) -> (C,). Zero for a row of -inf: without competitors."""
+    maxima = logits.logsumexp(dim=1)
+    return torch.where(maxima.isneginf(), 0.0, maxima)
+
+
+def contrastive_reward(
+    caption_embeddings: Tensor,
+    image_embeddings: Tensor,
+    image_index: Tensor,
+    logit_scale: float,
+    direction: str = "both",
+) -> Tensor:
+    """Bidirectional contrastive reward (Eq. 6): (C, D), (I, D), (C,) -> (C,), in units of cosine.
+
+        a(c, i) = s e_c.e_i - log sum_{c' != c} exp(s e_c'.e_i)    image-to-text
+        b(c, i) = s e_c.e_i - log sum_{i' != i} exp(s e_c.e_i')    text-to-image
+
+    image_index[c] is the image that caption c was written for, s is `logit_scale`. The reward is
+    (a + b) / 2s, or a / s or b / s for one direction. The log-sum-exp is a soft maximum: the
+    strongest competitor sets the bar. Only the scored pair itself is left out, so that the human
+    and the greedy caption of the same image compete too.
+
+    The halves are different things. What a subtracts does not depend on c: it is a *baseline*,
+    and leaves the expected gradient that of the plain cosine. What b subtracts moves with c: it is
+    part of the *reward*, and makes a caption pay for fitting other images.
+    """
+    logits = logit_scale * caption_embeddings @ image_embeddings.T  # (C, I)
+    own = logits.gather(1, image_index[:, None]).squeeze(1)  # (C,)
+
+    # Does the image pick this caption? Row c: the image of c with every caption but c.
+    other_captions = logits.T[image_index].fill_diagonal_(-torch.inf)  # (C, C)
+    image_to_text = own - soft_maximum(other_captions)
+
+    # Does the caption pick its image? Row c: c with every image but its own.
+    other_images = logits.scatter(1, image_index[:, None], -torch.inf)  # (C, I)
+    text_to_image = own - soft_maximum(other_images)
+
+    if direction == "image-to-text":
+        return image_to_text / logit_scale
+    if direction == "text-to-image":
+        return text_to_image / logit_scale
+    return (image_to_text + text_to_image) / (2 * logit_scale)
+
+
+def nearest_images(image_embeddings: Tensor, index: Tensor, count: int) -> Tensor:
+    """The `count` other images most similar to each image indexed: (N, D), (B,) -> (B, M)."""
+    similarity = image_embeddings[index] @ image_embeddings.T  # (B, N)
+    similarity = similarity.scatter(1, index[:, None], -torch.inf)  # no image is its own neighbour
+    return similarity.topk(count, dim=1).indices
+
+
+def neighbours_reward(
+    caption_embeddings: Tensor, image_embeddings: Tensor, neighbour_embeddings: Tensor
+) -> Tensor:
+    """Cosine with the own image less its mean over similar ones (Eq. 8) of Zhang et al. 2022.
+
+    (C, D), (C, D), (C, M, D) -> (C,). It is called a baseline, but like the text-to-image half of
+    Eq. 6 it moves with the caption: it is part of the reward.
+    """
+    others = torch.einsum("cd,cmd->cm", caption_embeddings, neighbour_embeddings)  # (C, M)
+    return similarity_reward(caption_embeddings, image_embeddings) - others.mean(dim=1)
+
+
+def mixed_reward(similarity: Tensor, regularizer: Tensor, alpha: float) -> Tensor:
+    """r = alpha r_sim + (1 - alpha) r_reg (Eq. 3), elementwise: (C,), (C,) -> (C,)."""
+    return alpha * similarity + (1 - alpha) * regularizer
+
+
+def self_critical_advantages(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
+    """A = r - r(greedy caption of the same image) (Eq. 7): (B, K), (B,) -> (B, K)."""
+    return rewards - greedy_rewards[:, None]
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """A = r - the mean reward of the image's other samples (Eq. 9): (B, K) -> (B, K), K > 1."""
+    others = rewards.sum(dim=1, keepdim=True) - rewards
+    return rewards - others / (rewards.shape[1] - 1)
+
+
+def centred_advantages(rewards: Tensor) -> Tensor:
+    """A = r - the mean reward of all samples of the batch: (B, K) -> (B, K)."""
+    return rewards - rewards.mean()
+
+
+# ---- 4  Regularisers: r_reg of Eq. 3, what speaks for human writing ------------------------------
+class Regularizer:
+    """One interface for all of them. This one says nothing: `--regularizer none`.
+
+    `network` is what the regularizer learns, if it learns. Its optimiser steps when the captioner's
+    does, and not at all in a step that is not finite.
+    """
+
+    def __init__(self) -> None:
+        self.network: nn.Module = nn.Identity()
+
+    def score(self, rollout: Rollout, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """What to pay each caption of the pool (C,), without gradient; the loss () from which the
+        network learns, with a gradient for the network alone; and what to log."""
+        nothing = torch.zeros_like(rollout.caption_embeddings[:, 0])
+        return nothing, nothing.sum(), {}
+
+
+def perceptron(width: int) -> nn.Sequential:
+    """Two hidden layers, one logit: the network of the authors' discriminator."""
+    return nn.Sequential(
+        nn.Linear(width, 512), nn.ReLU(),
+        nn.Linear(512, 256), nn.ReLU(),
+        nn.Linear(256, 1),
+    )  # fmt: skip
+
+
+def discriminator_loss(wrong_logits: Tensor, human_logits: Tensor) -> Tensor:
+    """Binary cross-entropy (Eq. 4), in nats: sampled (or corrupted) captions are 0, human ones 1.
+
+    (C,), (C,) -> (); both halves weigh the same, however many captions they hold.
+    """
+    wrong_loss = F.softplus(wrong_logits).mean()  # -log (1 - D)
+    human_loss = F.softplus(-human_logits).mean()  # -log D
+    return (wrong_loss + human_loss) / 2
+
+
+class Discriminator(Regularizer):
+    """Is the caption of this image human? (Eq. 4). r_reg is D(i, c), a probability.
+
+    It learns while the captioner does: sampled captions are 0, human captions 1. Scores are those
+    from before its step on the same captions.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.network = perceptron(2 * width)
+
+    def logits(self, image_embeddings: Tensor, caption_embeddings: Tensor) -> Tensor:
+        """(C, D), (C, D) -> (C,): log odds that a person wrote the caption."""
+        pairs = torch.cat([image_embeddings, caption_embeddings], dim=1)  # (C, D + D)
+        return self.network(pairs).squeeze(1)
+
+    def score(self, rollout: Rollout, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """D of every caption; the loss of Eq. 4; the share of captions that D tells rightly."""
+        images = rollout.image_embeddings[rollout.image_index]  # (C, D)
+        logits = self.logits(images, rollout.caption_embeddings)
+        sampled, human, _ = logits.split(rollout.sizes)
+        right = torch.cat([sampled < 0, human > 0]).float().mean()
+        record = {"discriminator_accuracy": right.item()}
+        return logits.detach().sigmoid(), discriminator_loss(sampled, human), record
+
+
+class KL(Regularizer):
+    """Stay near the captioner that reinforcement learning began with (Eq. 10).
+
+    r_reg is log p_0(c|i) - log p(c|i). Of a sampled caption that is minus an unbiased estimate of
+    KL(p || p_0), in nats, on the scale of `caption_log_probs`.
+    """
+
+    def __init__(self, captioner, longest: float | None) -> None:
+        super().__init__()
+        self.captioner = captioner
+        self.teacher = copy.deepcopy(captioner).eval()
+        self.longest = longest
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Two passes over the pool that training itself does not need."""
+        log_probs = []
+        for captioner in (self.captioner, self.teacher):
+            features = captioner.encode(batch.pixels)[rollout.image_index]
+            words, mask = captioner.log_probs(features, rollout.tokens)
+            log_probs.append(caption_log_probs(words, mask, self.longest))
+        now, before = log_probs
+        sampled_now, *_ = (now - before).split(rollout.sizes)
+        return before - now, now.new_zeros(()), {"kl": sampled_now.mean().item()}
+
+
+def plain_words(text: str) -> str:
+    """Lower-case words with single spaces, without punctuation: what n-grams are counted in."""
+    return " ".join(re.findall(r"\w+(?:['-]\w+)*", text.lower()))
+
+
+class Cider(Regularizer):
+    """CIDEr of each caption against the references of its image (Eq. 10), from 0 to 10.
+
+    By pycocoevalcap's scorer, with the document frequencies of the whole data set, not of a batch.
+    `references` holds those of every picture of the data set.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]]) -> None:
+        from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+        super().__init__()
+        self.scorer = CiderScorer()
+        for texts in references:
+            self.scorer += (None, [plain_words(text) for text in texts])
+        self.scorer.compute_doc_freq()
+        self.references = self.scorer.crefs  # n-grams, counted once
+
+    def score(self, rollout: Rollout, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """CIDEr of every caption, the human one included: it is among its own references."""
+        from pycocoevalcap.cider.cider_scorer import cook_refs
+
+        pictures = batch.index[rollout.image_index].tolist()
+        self.scorer.ctest = cook_refs([plain_words(caption) for caption in rollout.captions])
+        # The scorer takes the size of the data set from the length of this list; what stands
+        # behind the references of this pool is counted, not compared.
+        uncompared = self.references[len(pictures) :]
+        self.scorer.crefs = [self.references[index] for index in pictures] + uncompared
+        scores = rollout.caption_embeddings.new_tensor(self.scorer.compute_cider())
+        return scores, scores.new_zeros(()), {}
+
+
+def corrupt(caption: str, rng: random.Random) -> str:
+    """The caption with a word repeated, dropped, inserted or swapped with the next, or shuffled."""
+    words = caption.split()
+    if not words:
+        return caption
+    place = rng.randrange(len(words))
+    kind = rng.choice(("repeat", "drop", "insert", "swap", "shuffle"))
+    if kind == "repeat":
+        words.insert(place, words[place])
+    elif kind == "drop":
+        del words[place]
+    elif kind == "insert":
+        words.insert(place, rng.choice(words))
+    elif kind == "swap":
+        words.insert(place + 1, words.pop(place))
+    else:
+        rng.shuffle(words)
+    return " ".join(words)
+
+
+class Grammar(Regularizer):
+    """Does the caption read well? (Eq. 10). r_reg is a probability, whatever the image.
+
+    A discriminator of captions alone. It learns to tell human captions from corrupted ones, so it
+    knows the mistakes that `corrupt` makes, not those that the captioner makes.
+    """
+
+    def __init__(self, width: int, clip) -> None:
+        self.network = perceptron(width)
+        self.clip = clip
+
+    def logits(self, caption_embeddings: Tensor) -> Tensor:
+        """(C, D) -> (C,): log odds that the caption is whole."""
+        return self.network(caption_embeddings).squeeze(1)
+
+    def score(self, rollout: Rollout, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """The score of every caption; the loss of Eq. 4, with corrupted captions as the zeros."""
+        logits = self.logits(rollout.caption_embeddings)
+        _, human, _ = logits.split(rollout.sizes)
+        rng = random.Random(torch.randint(2**31, ()).item())  # of torch's seed, so of this step
+        broken = [corrupt(caption, rng) for caption in batch.ground_truth]
+        corrupted = self.logits(self.clip.embed_captions(broken))
+        right = torch.cat([corrupted < 0, human > 0]).float().mean()
+        record = {"grammar_accuracy": right.item()}
+        return logits.detach().sigmoid(), discriminator_loss(corrupted, human), record
+
+
+def make_regularizer(learner: Learner, references: Sequence[Sequence[str]]) -> Regularizer:
+    """The regularizer that the learner's method names. `references` are those of the data set."""
+    kind = learner.method.regularizer
+    width = learner.image_embeddings.shape[1]
+    if kind == "discriminator":
+        return Discriminator(width)
+    if kind == "kl":
+        return KL(learner.captioner, learner.longest)
+    if kind == "cider":
+        return Cider(references)
+    if kind == "grammar":
+        return Grammar(width, learner.clip)
+    return Regularizer()
+
+
+# ---- 5  One step: encode, roll out, judge, learn -------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """B pictures to learn from, none of them twice."""
+
+    index: Tensor  # (B,): their rows in the data set
+    ground_truth: list[str]  # one human caption of each
+    pixels: Tensor  # (B, 3, height, width): as the captioner wants them
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoding:
-    """What every verb needs to write a caption."""
+class Rollout:
+    """What one step wrote, and what CLIP makes of it. Nothing here has a gradient.
 
-    captioner: str | None = option("Salesforce/blip-image-captioning-base", "Hub name, folder or run folder", toy=None)
-    clip: str | None = option(None, "open_clip NAME/TAG, hf-hub:NAME, a folder, or a run folder of `train`")
-    prompt: str | None = option(None, "words to continue (default: as trained; else, of a BLIP, a picture of)")
-    beams: int = option(1, "beam search width; 1 decodes greedily", minimum=1)
-    max_length: int = option(20, "most tokens in a caption", minimum=1)
-    batch_size: int = option(64, "pictures per batch", minimum=1)
-    seed: int = option(0, "seed of everything random", minimum=0, maximum=2**32 - 1)
-    device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto")
+    The pool holds C captions in this order: the K samples of each image, image by image; the human
+    caption of each; the greedy caption of each. `sizes` is (K*B, B, B), for Tensor.split.
+    """
 
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig(Decoding):
-    """Train a captioner: teacher forcing, then reinforcement learning; ends with a table of before and after."""
-
-    data: str = option("toy", "toy (the built-in world), or a folder with metadata.jsonl", positional="?")
-    out: str | None = option(None, "run folder (default: runs/<name of data>)")
-    objective: str = option("rl", "rl: Eq. 2-9 after teacher forcing; tf: teacher forcing only", choices="rl tf")
-    baseline: str = option("contrastive", "Eq. 6, 7, 9, 8 or none", choices="contrastive greedy group neighbours none")
-    direction: str = option("both", "direction of Eq. 6", choices="both image-to-text text-to-image")
-    samples: int = option(1, "captions drawn per picture", minimum=1)
-    neighbours: int = option(0, "similar images of Eq. 8; with Eq. 6, they compete", minimum=0)
-    similarity_weight: float = option(0.94, "alpha of Eq. 3; D weighs the rest", toy=0.99, minimum=0, maximum=1)
-    sampled_weight: float = option(1.0, "weight of REINFORCE on sampled captions (Eq. 2)", minimum=0)
-    ground_truth_weight: float = option(1.0, "weight of REINFORCE on ground truth (Eq. 5)", toy=2.0, minimum=0)
-    tf_steps: int = option(0, "steps of teacher forcing, first", toy=600, minimum=0)
-    tf_learning_rate: float = option(1e-5, "its peak learning rate", toy=2e-3, minimum=0)
-    steps: int = option(10_000, "steps of reinforcement learning", toy=400, minimum=0)
-    learning_rate: float = option(1e-6, "its peak learning rate", toy=6e-4, minimum=0)
-    discriminator_learning_rate: float = option(7e-5, "learning rate of Eq. 4", toy=1e-3, minimum=0)
-    max_gradient_norm: float = option(1.0, "gradients are scaled down to this norm", minimum=0)
-    clip_steps: int = option(600, "toy only: steps of CLIP's pretraining", minimum=1)
-    train_size: int | None = option(None, "use at most so many training examples", toy=8000, minimum=1)
-    test_size: int = option(1000, "examples held out for the table", minimum=1)
+    tokens: Tensor  # (C, P + T)
+    captions: list[str]  # C texts
+    image_index: Tensor  # (C,): whose caption it is, a row of the batch
+    caption_embeddings: Tensor  # (C, D), unit rows
+    image_embeddings: Tensor  # (B, D), unit rows
+    sizes: tuple[int, int, int]
 
 
-@dataclasses.dataclass(frozen=True)
-class CaptionConfig(Decoding):
-    """Write a caption for every picture: path, tab, caption, a line each, on standard output."""
+class Learner:
+    """A captioner and what teaches it. Both steps take a Batch and return a loss and what to log.
 
-    paths: tuple[str, ...] = option((), "pictures, folders of pictures, - for a list of them on stdin", positional="+")
-    recursive: bool = option(True, "look into folders within folders")
-    out: str | None = option(None, "write to this .jsonl file instead; one that is there is continued")
-    overwrite: bool = option(False, "caption anew what has a caption in --out")
-    samples: int = option(0, "draw so many captions per picture; 0: beam search", minimum=0)
-    temperature: float = option(0.7, "of --samples; 1 is the captioner's own distribution", minimum=0.01)
-    top_p: float = option(1.0, "of --samples: only the likeliest tokens that make up so much", minimum=0, maximum=1)
-    min_length: int = option(5, "fewest tokens in a caption", minimum=0)
-    repetition_penalty: float = option(1.0, "above 1, words written already are less likely", minimum=0.01)
-    rerank: bool = option(False, "of --samples (here 8), keep what best tells a picture from its batch (Eq. 6)")
-    beams: int = option(3, "beam search width; 1 decodes greedily", minimum=1)
+    `max_length` is the most tokens that a caption may have. Before reinforcement learning begins,
+    `image_embeddings` must be those of the whole data set (N, D), where a batch looks its own up by
+    `index`; and `regularizer` what `make_regularizer` makes.
+    """
+
+    def __init__(self, captioner, clip, method: Method, max_length: int) -> None:
+        self.captioner = captioner
+        self.clip = clip
+        self.method = method
+        self.max_length = max_length
+        self.longest = None if method.length_normalizer == "caption" else float(max_length)
+        self.image_embeddings: Tensor | None = None
+        self.regularizer = Regularizer()
+
+    def teacher_forcing_step(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """The loss of Eq. 1."""
+        features = self.captioner.encode(batch.pixels)
+        tokens = self.captioner.tokenize(batch.ground_truth, self.max_length)
+        log_probs, mask = self.captioner.log_probs(features, tokens)
+        return teacher_forcing_loss(caption_log_probs(log_probs, mask, self.longest)), {}
+
+    def reinforce_step(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """The loss of the captioner, Eq. 2 and 5, plus that of the regularizer's network.
+
+        One backward pass serves both: they have no parameter in common, and neither has a gradient
+        to give to the other.
+        """
+        features = self.captioner.encode(batch.pixels)  # (B, L, H), once for all that follows
+        rollout = self.roll_out(features, batch)
+        advantages, regularizer_loss, record = self.judge(rollout, batch)
+        loss = self.loss(features, rollout, advantages)
+        return loss + regularizer_loss, record
+
+    @torch.no_grad()
+    def roll_out(self, features: Tensor, batch: Batch) -> Rollout:
+        """Write the pool of captions and embed it. `features` (B, L, H) are those of the batch."""
+        # Write: K samples and one greedy caption of each image. Read: what a person wrote.
+        sampled = self.captioner.sample(features, self.max_length, self.method.samples)
+        human = self.captioner.tokenize(batch.ground_truth, self.max_length)
+        greedy = self.captioner.greedy(features, self.max_length)
+        sizes = (len(sampled), len(human), len(greedy))
+
+        # The same as one block of tokens, as texts, and as embeddings.
+        rows = [*sampled, *human, *greedy]
+        tokens = nn.utils.rnn.pad_sequence(rows, True, self.captioner.pad)  # (C, P + T)
+        captions = [*self.captioner.decode(sampled), *batch.ground_truth]
+        captions += self.captioner.decode(greedy)
+        caption_embeddings = self.clip.embed_captions(captions)
+
+        # Whose caption is it? For B = 2 and K = 2: [0 0 1 1 | 0 1 | 0 1].
+        row = torch.arange(len(batch.index), device=caption_embeddings.device)
+        image_index = torch.cat([row.repeat_interleave(self.method.samples), row, row])
+        image_embeddings = self.image_embeddings[batch.index]
+        return Rollout(tokens, captions, image_index, caption_embeddings, image_embeddings, sizes)
+
+    def judge(self, rollout: Rollout, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Rewards (Eq. 3), less a baseline: advantages (K*B + B,) of the sampled and the human
+        captions; the regularizer's loss; what to log. Nothing is scored here, so all the captions
+        of a step can be judged before the gradient of any is computed."""
+        similarity = self.similarity_rewards(rollout, batch)
+        scores, regularizer_loss, record = self.regularizer.score(rollout, batch)
+        rewards = mixed_reward(similarity, scores, self.method.alpha)  # (C,)
+        sampled, human, greedy = rewards.split(rollout.sizes)
+
+        words = [len(caption.split()) for caption in rollout.captions[: len(sampled)]]
+        record = record | {
+            "reward": sampled.mean().item(),
+            "ground_truth_reward": human.mean().item(),
+            "greedy_reward": greedy.mean().item(),
+            "regularizer_loss": regularizer_loss.item(),
+            "mean_length": sum(words) / len(words),
+        }
+        return self.advantages(sampled, human, greedy), regularizer_loss, record
+
+    def similarity_rewards(self, rollout: Rollout, batch: Batch) -> Tensor:
+        """r_sim of every caption of the pool (C,): Eq. 6, Eq. 8, or the cosine."""
+        method = self.method
+        captions = rollout.caption_embeddings
+        images = rollout.image_embeddings
+        own = images[rollout.image_index]  # (C, D): of each caption its image
+        if method.baseline == "neighbours":
+            near = nearest_images(self.image_embeddings, batch.index, method.neighbours)  # (B, M)
+            near_embeddings = self.image_embeddings[near]  # (B, M, D)
+            return neighbours_reward(captions, own, near_embeddings[rollout.image_index])
+        if method.baseline != "contrastive":
+            return similarity_reward(captions, own)
+
+        if method.neighbours:  # hard negatives join the pool of images, each once
+            near = nearest_images(self.image_embeddings, batch.index, method.neighbours)
+            new = near[~torch.isin(near, batch.index)].unique()
+            images = torch.cat([images, self.image_embeddings[new]])  # (I, D)
+        scale = self.clip.logit_scale
+        return contrastive_reward(captions, images, rollout.image_index, scale, method.direction)
+
+    def advantages(self, sampled: Tensor, human: Tensor, greedy: Tensor) -> Tensor:
+        """Rewards of the sampled (K*B,), human (B,) and greedy captions (B,), less the baseline:
+        the advantages of the sampled and the human captions (K*B + B,)."""
+        groups = sampled.view(len(human), -1)  # (B, K)
+        if self.method.baseline == "greedy":
+            groups = self_critical_advantages(groups, greedy)
+            human = human - greedy
+        elif self.method.baseline == "group":
+            human = human - groups.mean(dim=1)
+            groups = group_advantages(groups)
+        elif self.method.baseline == "contrastive":
+            # Eq. 6 has its competitors inside. Centring is one more baseline, for the samples; the
+            # human caption's reward itself says by how much it beats its competitors.
+            groups = centred_advantages(groups)
+        return torch.cat([groups.flatten(), human])
+
+    def loss(self, features: Tensor, rollout: Rollout, advantages: Tensor) -> Tensor:
+        """Eq. 2 on the sampled and Eq. 5 on the human captions: (B, L, H), (K*B + B,) -> ().
+
+        One forward pass scores both. Its gradient reaches all of the captioner, through `features`
+        the vision tower too; the greedy captions were competitors only, and are not scored.
+        """
+        sampled_count, human_count, _ = rollout.sizes
+        scored = sampled_count + human_count
+        seen = features[rollout.image_index[:scored]]  # (K*B + B, L, H)
+        log_probs, mask = self.captioner.log_probs(seen, rollout.tokens[:scored])
+        log_probs = caption_log_probs(log_probs, mask, self.longest)  # (K*B + B,)
+
+        sampled_loss = reinforce_loss(log_probs[:sampled_count], advantages[:sampled_count])
+        human_loss = ground_truth_loss(log_probs[sampled_count:], advantages[sampled_count:])
+        method = self.method
+        return method.sampled_weight * sampled_loss + method.ground_truth_weight * human_loss
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalConfig(Decoding):
-    """Caption a data set and measure the captions."""
+# ---- 6  Captioner: encode once, then sample, search and score from the same features -------------
+class Captioner(nn.Module):
+    """A captioner p(c|i) with its preprocessing. This class is BLIP; EncoderDecoder and GIT, below,
+    say what differs elsewhere.
 
-    data: str = option("", "folder with metadata.jsonl", positional=None)
-    out: str | None = option(None, "write the measures to this JSON file")
+    `tokens` are (C, P + T): the P of `start` (the start token and the prompt, which are saved with
+    the model, never scored and never shown), then the words, an end token, and padding.
+    """
+
+    default_prompt = "a picture of"  # what a BLIP that comes without a prompt learned to continue
+
+    def __init__(self, model: nn.Module, image_processor, tokenizer, prompt: str | None = None):
+        from transformers import GenerationConfig
+
+        super().__init__()
+        self.model = model
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.pixels = functools.partial(prepare_pixels, image_processor)
+        start, self.end, self.pad = self.special_tokens()
+
+        if prompt is None:
+            prompt = getattr(model.config, "prompt", self.default_prompt)
+        self.prompt = model.config.prompt = prompt
+        self.start = [start, *tokenizer(prompt, add_special_tokens=False).input_ids]
+        decoder = model.config.get_text_config(decoder=True)
+        self.longest = decoder.max_position_embeddings - len(self.start)
+
+        # The checkpoint's own generation settings (top-k, penalties, ...) would bias the samples.
+        ids = dict(decoder_start_token_id=start, eos_token_id=self.end, pad_token_id=self.pad)
+        self.writer.generation_config = GenerationConfig(**ids)
+
+    def special_tokens(self) -> tuple[int, int, int]:
+        """The ids of start, end and padding."""
+        config = self.model.config.text_config
+        return config.bos_token_id, config.sep_token_id, config.pad_token_id
+
+    @property
+    def writer(self) -> nn.Module:
+        """The part of the model that writes."""
+        return self.model.text_decoder
+
+    def inputs(self, features: Tensor, tokens: Tensor) -> dict:
+        """The writer's arguments: what it sees of the images, and the tokens so far."""
+        return {"input_ids": tokens, "encoder_hidden_states": features}
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Features of images: (B, 3, height, width) -> (B, L, H). All that follows starts here."""
+        return self.model.vision_model(pixels.to(self.model.device)).last_hidden_state
+
+    @staticmethod
+    def load(name: str, device: str = "cpu", prompt: str | None = None) -> Captioner:
+        """The captioner of a Hub name, a Hugging Face folder or a run folder: fp32, in eval mode.
+
+        Raises UserError in one line for what cannot be loaded.
+        """
+        weights = ("model*.safetensors", "pytorch_model*.bin")
+        folder = local_folder(name, "captioner", "config.json", weights)
+        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+        with explain(f"{name}: cannot load this captioner"):
+            family = json.loads((folder / "config.json").read_text())["model_type"]
+            if family not in FAMILIES:
+                known = ", ".join(FAMILIES)
+                raise ValueError(f"a model of type {family}; captioners are of type {known}")
+            options = dict(dtype=torch.float32, output_loading_info=True)
+            model, report = AutoModelForImageTextToText.from_pretrained(folder, **options)
+            if missing := report["missing_keys"]:
+                raise ValueError(f"it lacks the weights {min(missing)}; is it complete?")
+            parts = (
+                AutoImageProcessor.from_pretrained(folder),
+                AutoTokenizer.from_pretrained(folder),
+            )
+        return FAMILIES[family](model, *parts, prompt).eval().to(device)
+
+    def save(self, folder: Path) -> None:
+        """Write an ordinary Hugging Face folder, which transformers loads without distcap."""
+        for part in (self.model, self.image_processor, self.tokenizer):
+            part.save_pretrained(folder)
+
+    def check_length(self, max_length: int) -> None:
+        """Raise UserError for captions longer than there are positions for."""
+        if max_length > self.longest:
+            most = f"this captioner writes at most {self.longest} tokens"
+            raise UserError(f"--max-length {max_length}: {most}")
+
+    def tokenize(self, captions: Sequence[str], max_length: int) -> Tensor:
+        """Captions as tokens (B, P + T). One of more than `max_length` is cut and has no end."""
+        texts = [f"{self.prompt} {caption}".strip() for caption in captions]
+        words = self.tokenizer(texts, add_special_tokens=False).input_ids
+        rows = [[self.start[0], *row, self.end][: len(self.start) + max_length] for row in words]
+        rows = [torch.tensor(row) for row in rows]
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
+        return tokens.to(self.model.device)
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Tokens (C, P + T) as texts, without the prompt, each a single line."""
+        words = tokens[:, len(self.start) :]
+        texts = self.tokenizer.batch_decode(
+            words, skip_special_tokens=True, clean_up_tokenization_spaces=True
+        )
+        return [" ".join(text.split()) for text in texts]
+
+    def sample(
+        self, features: Tensor, max_length: int, count: int = 1,
+        temperature: float = 1.0, top_p: float = 1.0, **limits,
+    ) -> Tensor:  # fmt: skip
+        """Draw `count` captions of each image: (B, L, H) -> (K*B, P + T), an image's in a row.
+
+        From p(c|i) itself unless told otherwise: REINFORCE needs that, and generate's default of
+        the 50 likeliest tokens would break it. `limits` are generate's, as min_new_tokens.
+        """
+        drawing = dict(do_sample=True, top_k=0, top_p=top_p, temperature=temperature)
+        return self.generate(features, max_length, num_return_sequences=count, **drawing, **limits)
+
+    def greedy(self, features: Tensor, max_length: int) -> Tensor:
+        """Of each image the caption whose every token is the likeliest: (B, L, H) -> (B, P + T)."""
+        return self.search(features, max_length)
+
+    def search(self, features: Tensor, max_length: int, beams: int = 1, **limits) -> Tensor:
+        """Beam search for a likely caption of each image: (B, L, H) -> (B, P + T)."""
+        return self.generate(features, max_length, do_sample=False, num_beams=beams, **limits)
+
+    @torch.no_grad()
+    def generate(self, features: Tensor, max_length: int, **options) -> Tensor:
+        """The one call of transformers' generate. At most `max_length` tokens follow the start."""
+        start = torch.tensor([self.start] * len(features), device=self.model.device)  # (B, P)
+        inputs = self.inputs(features, start)
+        return self.writer.generate(**inputs, max_new_tokens=max_length, **options)
+
+    def log_probs(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """log p of each token after the start, given those before it, in nats; and the mask.
+
+        (C, L, H), (C, P + T) -> (C, T), (C, T). Differentiable down to the pixels. What stands
+        where the mask is 0 means nothing.
+        """
+        words = tokens[:, len(self.start) :]  # (C, T)
+        logits = self.writer(**self.inputs(features, tokens[:, :-1])).logits
+        logits = logits[:, -words.shape[1] :]  # (C, T, V): each predicts the token after it
+        log_probs = logits.log_softmax(dim=-1).gather(2, words[:, :, None]).squeeze(2)
+        return log_probs, self.mask(tokens)
+
+    def mask(self, tokens: Tensor) -> Tensor:
+        """1.0 for the tokens up to the first end and for that end, 0.0 after: (C, P + T) -> (C, T).
+
+        Not simply "where it is not padding": GPT-2 pads with its end token.
+        """
+        ends = (tokens[:, len(self.start) :] == self.end).long()
+        ends_before = ends.cumsum(dim=1) - ends
+        return (ends_before == 0).float()
 
 
-def configuration(cls, values: dict):
-    """Make a `cls`; what is not given gets its default. Raises UserError for a number out of its limits."""
-    toy = cls is TrainConfig and values.get("data") in (None, "toy")
-    for each in dataclasses.fields(cls):
-        if values.get(each.name) is None:
-            values[each.name] = each.metadata.get("toy", each.default) if toy else each.default
-        value, low, high = values[each.name], each.metadata.get("minimum"), each.metadata.get("maximum", float("inf"))
-        if None not in (value, low) and not low <= value <= high:
-            raise UserError(f"--{each.name.replace('_', '-')} {value}: must be from {low} to {high}")
-    if values["device"] == "auto":
-        values["device"] = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    with explain(f"--device {values['device']}: cannot be used", "; try auto"):
-        torch.empty(0, device=values["device"])
-    return cls(**values)
+class EncoderDecoder(Captioner):
+    """Any VisionEncoderDecoder of transformers: ViT-GPT2 and the like."""
+
+    default_prompt = ""
+
+    def special_tokens(self) -> tuple[int, int, int]:
+        """The ids of start, end and padding."""
+        config = self.model.generation_config
+        return config.decoder_start_token_id, config.eos_token_id, config.pad_token_id
+
+    @property
+    def writer(self) -> nn.Module:
+        """The whole model: given features, it does not encode again."""
+        return self.model
+
+    def inputs(self, features: Tensor, tokens: Tensor) -> dict:
+        """The writer's arguments."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        return {"decoder_input_ids": tokens, "encoder_outputs": BaseModelOutput(features)}
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, height, width) -> (B, L, H)."""
+        return self.model.encoder(pixels.to(self.model.device)).last_hidden_state
 
 
-# ---- 2  Data: examples, the toy world, pictures from disk ------------------------------------------------------------
+class GIT(Captioner):
+    """Microsoft's GIT: it reads the image as a prefix, so that its features are the pixels."""
+
+    default_prompt = ""
+
+    def special_tokens(self) -> tuple[int, int, int]:
+        """The ids of start, end and padding."""
+        config = self.model.config
+        return config.bos_token_id, config.eos_token_id, config.pad_token_id
+
+    @property
+    def writer(self) -> nn.Module:
+        """The whole model, which encodes the image anew each time."""
+        return self.model
+
+    def inputs(self, features: Tensor, tokens: Tensor) -> dict:
+        """The writer's arguments."""
+        return {"input_ids": tokens, "pixel_values": features}
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The pixels themselves: there is nothing to reuse."""
+        return pixels.to(self.model.device)
+
+
+# transformers' name of a model type -> the class that knows it
+FAMILIES = {"blip": Captioner, "vision-encoder-decoder": EncoderDecoder, "git": GIT}
+
+
+def prepare_pixels(image_processor, pictures: Sequence[Image.Image]) -> Tensor:
+    """RGB pictures, resized and normalised as a checkpoint wants them: (B, 3, height, width).
+
+    No method of Captioner, so that a worker process can be given it without the model.
+    """
+    return image_processor(list(pictures), return_tensors="pt").pixel_values
+
+
+def local_folder(name: str, inside: str, wanted: str, kinds: Sequence[str]) -> Path:
+    """The folder of a checkpoint, the one that holds the file `wanted`: `name` itself, `inside` a
+    run folder of that name, or what the Hugging Face Hub has. `kinds` are patterns of weights."""
+    for folder in (Path(name) / inside, Path(name)):
+        if (folder / wanted).is_file():
+            return folder
+    if Path(name).exists():
+        raise UserError(f"{name}: not a checkpoint: no {wanted} and no {inside}/{wanted} in it")
+    remedy = "; give a folder, such as runs/toy"
+    with explain(f"{name}: not a folder, nor to be had from the Hugging Face Hub", remedy):
+        return download(name, kinds)
+
+
+def download(name: str, kinds: Sequence[str]) -> Path:
+    """A repository of the Hub, from the cache if it cannot be reached: its small files, and its
+    weights of the first of `kinds` that it offers. Raises ValueError if it offers none."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    unreachable = None
+    try:  # unlike other calls, this one does not try for half a minute where there is no network
+        files = [file.rfilename for file in HfApi().model_info(name, timeout=10).siblings]
+        kinds = [kind for kind in kinds if any(Path(file).match(kind) for file in files)][:1]
+    except Exception as error:  # whatever it is, the cache may hold the files
+        unreachable = error
+    options = {
+        "ignore_patterns": ["*/*"],  # a pattern's * matches slashes too
+        "tqdm_class": functools.partial(
+            tqdm, disable=None, leave=False
+        ),  # a bar on a terminal only
+        "local_files_only": bool(unreachable),
+    }
+    for kind in kinds:
+        patterns = ["*.json", "*.txt", "*.model", kind]
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=patterns, **options))
+        except LocalEntryNotFoundError:
+            raise unreachable or ValueError("it vanished from the cache") from None
+        if any(folder.glob(kind)):
+            return folder
+    raise unreachable or ValueError("it has no weights of a kind that can be loaded")
+
+
+# ---- 7  CLIP: images and captions as unit rows ---------------------------------------------------
+class CLIP:
+    """A frozen open_clip model: images and captions as unit rows (N, D), without gradient."""
+
+    def __init__(self, model: nn.Module, preprocess, tokenizer, device: str = "cpu") -> None:
+        self.model = model.eval().to(device)  # open_clip returns it in training mode
+        self.device = device
+        self.tokenizer = tokenizer
+        self.pixels = functools.partial(stack_pixels, preprocess)
+        self.logit_scale = model.logit_scale.exp().item()  # s of Eq. 6
+
+    @classmethod
+    def load(cls, name: str, device: str = "cpu") -> CLIP:
+        """The CLIP of an open_clip NAME/TAG, hf-hub:NAME, a folder, or a run folder.
+
+        Raises UserError in one line for what cannot be loaded.
+        """
+        import open_clip
+
+        kinds = ("open_clip_*.safetensors", "open_clip_pytorch_model*.bin")
+        inside = ("clip", "open_clip_config.json", kinds)
+        weights, options = None, {}
+        if Path(name).exists() or name.startswith("hf-hub:"):
+            folder = local_folder(name.removeprefix("hf-hub:"), *inside)
+            architecture = f"local-dir:{folder}"
+        else:
+            architecture, _, weights = name.rpartition("/")
+            known = open_clip.get_pretrained_cfg(architecture, weights)
+            # Weights trained with QuickGELU embed wrongly without it, and open_clip only warns.
+            options["force_quick_gelu"] = known.get("quick_gelu", False)
+            for setting in ("mean", "std", "interpolation", "resize_mode"):
+                options[f"image_{setting}"] = known.get(setting)
+            if repository := os.path.dirname(known.get("hf_hub", "")):
+                folder = local_folder(repository, *inside)
+                weights = str(
+                    min(folder.glob("open_clip_*model.*"))
+                )  # safetensors if there are any
+        with explain(f"{name}: cannot load this CLIP", "; give --clip NAME/TAG or a folder"):
+            create = open_clip.create_model_from_pretrained
+            model, preprocess = create(architecture, weights, **options)
+            return cls(model, preprocess, open_clip.get_tokenizer(architecture), device)
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Prepared pictures as unit rows: (B, 3, height, width) -> (B, D)."""
+        return self.model.encode_image(pixels.to(self.device), normalize=True)
+
+    def embed_images(self, images: Iterable[Path | Image.Image], workers: int = 0) -> Tensor:
+        """Pictures as unit rows (N, D). Raises UserError for one that cannot be read."""
+        batches = PictureBatches(list(images), [self.pixels], batch_size=64)
+        rows = []
+        for batch in read_ahead(batches, range(len(batches)), workers):
+            batch.raise_failure()
+            rows.append(self.encode_pixels(batch.pixels[0]))
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Captions as unit rows (C, D). Equal captions are embedded once, so that they tie."""
+        distinct = list(dict.fromkeys(captions))
+        rows = []
+        for texts in batched(distinct, batch_size):
+            tokens = self.tokenizer(texts).to(self.device)
+            rows.append(self.model.encode_text(tokens, normalize=True))
+        row_of = {caption: row for row, caption in enumerate(distinct)}
+        return torch.cat(rows)[[row_of[caption] for caption in captions]]
+
+
+def stack_pixels(preprocess: Callable, pictures: Sequence[Image.Image]) -> Tensor:
+    """RGB pictures as a CLIP wants them: (B, 3, height, width)."""
+    return torch.stack([preprocess(picture) for picture in pictures])
+
+
+# ---- 8  Data: pictures, data sets, and reading ahead ---------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A picture, on disk or in memory, and its references: the human captions. In the toy world, also its `scene`."""
+    """A picture, on disk or in memory, and what people wrote of it. `scene`: in the toy world."""
 
     image_id: str
     image: Path | Image.Image
     references: tuple[str, ...]
-    scene: str | None = None
+    scene: Scene | None = None
+
+
+SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def load_image(image: Path | Image.Image) -> Image.Image:
+    """Any picture as upright RGB. Raises UserError for what cannot be read.
+
+    EXIF rotation is applied, transparency becomes white, 16 bits are scaled to 8, and of a film the
+    first frame is taken.
+    """
+    with explain(f"{image}: cannot be read"):
+        if isinstance(image, Path) and not image.is_file():
+            raise OSError("no such file")  # a pipe or a device would be waited for
+        picture = Image.open(image) if isinstance(image, Path) else image
+        picture.load()  # a truncated file fails here, not later
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode[0] in "IF":
+            picture = scale_to_8_bits(picture)
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture)
+        return picture.convert("RGB")
+
+
+def scale_to_8_bits(picture: Image.Image) -> Image.Image:
+    """A grey picture of 16 or 32 bits or of floats: convert("RGB") would clip it all to white."""
+    values = picture.convert("F")
+    high = 65535 if picture.mode.startswith("I;16") else values.getextrema()[1]
+    white = 65535 if high > 255 else 255 if high > 1 else 1  # the least that holds them all
+    return values.point(lambda value: value * (255 / white) + 0.5).convert("L")
+
+
+def find_images(paths: Iterable[str], recursive: bool = True) -> list[Path]:
+    """The pictures named, and those in the folders named, each once, in order; hidden ones only if
+    they are named. Raises UserError for a path that is not there, and for no picture at all."""
+    found: dict[Path, None] = {}  # a dict keeps the order
+    for path in map(Path, paths):
+        if not os.path.lexists(path):
+            raise UserError(f"{path}: no such file or folder")
+
+        def keep(error: OSError) -> None:  # a file, or a folder that must not be read: fails later
+            found[Path(error.filename)] = None
+
+        # Links to folders are not followed: they may go in circles.
+        for folder, folders, names in os.walk(path, onerror=keep):
+            folders[:] = sorted(name for name in folders if recursive and name[0] != ".")
+            for name in sorted(names):
+                if name.lower().endswith(SUFFIXES) and name[0] != ".":
+                    found[Path(folder, name)] = None
+    if not found:
+        looked_for = f"(looked for {' '.join(SUFFIXES)})"
+        raise UserError(f"{', '.join(paths) or '-'}: no pictures in this folder {looked_for}")
+    return list(found)
+
+
+def read_rows(path: Path) -> dict[str, dict]:
+    """{file_name: row} of a metadata.jsonl. A row's `caption` is the list of all its captions.
+
+    A caption may be a text or a list of texts; several rows of one picture are read as one. Raises
+    UserError with the number of the line that is wrong.
+    """
+    rows: dict[str, dict] = {}
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        with explain(f"{path}:{number}: not JSON with file_name and caption"):
+            row = json.loads(line)
+            name, captions = row["file_name"], row["caption"]
+            captions = [captions] if isinstance(captions, str) else captions
+            if not captions or not all(is_text(each) for each in (name, *captions)):
+                raise ValueError("caption must be a text or a list of texts, none empty")
+        earlier = rows[name]["caption"] if name in rows else []
+        rows[name] = rows.get(name, {}) | row | {"caption": [*earlier, *captions]}
+    return rows
+
+
+def is_text(value) -> bool:
+    """Whether something read from JSON is a text that holds more than space."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+def write_rows(path: Path, rows: dict[str, dict]) -> None:
+    """Write what `read_rows` reads, whole or not at all."""
+    lines = [json.dumps({"file_name": name} | row) + "\n" for name, row in rows.items()]
+    write_text(path, "".join(lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: beside it first, then in its place."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def read_examples(folder: str) -> list[Example]:
+    """Read a folder of pictures with a metadata.jsonl. Raises UserError for what is wrong in it."""
+    table = Path(folder) / "metadata.jsonl"
+    rows = read_rows(table) if table.is_file() else {}
+    examples = []
+    for name, row in rows.items():
+        image = table.parent / name
+        if not image.is_file():
+            raise UserError(f"{table}: no such picture: {image}")
+        scene = parse(str(row.get("scene")))
+        examples.append(Example(name, image, tuple(row["caption"]), scene))
+    if not examples:
+        advice = "DATA must be a folder with pictures and a metadata.jsonl"
+        raise UserError(f"{table}: no examples there; {advice}")
+    return examples
+
+
+def write_examples(folder: Path, examples: Sequence[Example]) -> list[Example]:
+    """Save examples as PNG files and a metadata.jsonl; return them as `read_examples` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {}
+    for example in examples:
+        name = f"{example.image_id}.png"
+        load_image(example.image).save(folder / name)
+        rows[name] = {"caption": example.references, "scene": str(example.scene)}
+    write_rows(folder / "metadata.jsonl", rows)
+    return read_examples(str(folder))
+
+
+def batched(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Slices of `size` items, the last one perhaps shorter."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def schedule(examples: Sequence[Example], size: int, steps: int, seed: int) -> list[list]:
+    """For each step a batch of pairs: row of an example, and which of its references to learn from.
+
+    Drawn anew each time, never the same example twice in a batch: it would be its own rival in
+    Eq. 6. A longer schedule begins like a shorter one.
+    """
+    rng = random.Random(seed)
+    batches = []
+    for _ in range(steps):
+        rows = rng.sample(range(len(examples)), size)
+        batches.append([(row, rng.randrange(len(examples[row].references))) for row in rows])
+    return batches
+
+
+class CaptionDataset(torch.utils.data.Dataset):
+    """Examples to learn from. Item [(row, which), ...] is a whole Batch, ready for the captioner.
+
+    Pictures that are in memory already, as those of the toy world, are prepared once for all.
+    """
+
+    def __init__(self, examples: Sequence[Example], prepare: Callable) -> None:
+        self.examples = examples
+        self.prepare = prepare  # pictures -> (B, 3, height, width)
+        self.prepared = None
+        images = [example.image for example in examples]
+        if all(isinstance(image, Image.Image) for image in images):
+            self.prepared = torch.cat([prepare(some) for some in batched(images, 256)])
+
+    def __getitem__(self, pairs: Sequence[tuple[int, int]]) -> Batch | UserError:
+        rows = [row for row, _ in pairs]
+        ground_truth = [self.examples[row].references[which] for row, which in pairs]
+        try:
+            if self.prepared is None:
+                pixels = self.prepare([load_image(self.examples[row].image) for row in rows])
+            else:
+                pixels = self.prepared[rows]
+        except UserError as error:  # returned, since a worker process would wrap what it raises
+            return error
+        return Batch(torch.tensor(rows), ground_truth, pixels)
+
+
+class PictureBatch(NamedTuple):
+    """Some pictures, read and prepared, and what could not be read."""
+
+    pixels: list[Tensor]  # (B, 3, height, width) for each way to prepare, of those that are good
+    failures: list[UserError | None]  # of each picture, in order
+
+    def raise_failure(self) -> None:
+        """Raise the first failure, if there is one."""
+        for failure in self.failures:
+            if failure:
+                raise failure
+
+
+class PictureBatches(torch.utils.data.Dataset):
+    """Pictures to look at. Item n is the n-th batch of them, a PictureBatch.
+
+    `prepare` lists the ways to make pixels of pictures: the captioner's, CLIP's, or both.
+    """
+
+    def __init__(self, images: Sequence, prepare: Sequence[Callable], batch_size: int) -> None:
+        self.batches = list(batched(images, batch_size))
+        self.prepare = prepare
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> PictureBatch:
+        pictures, failures = [], []
+        for image in self.batches[number]:
+            try:
+                pictures.append(load_image(image))
+                failures.append(None)
+            except UserError as error:
+                failures.append(error)
+        pixels = [prepare(pictures) for prepare in self.prepare] if pictures else []
+        return PictureBatch(pixels, failures)
+
+
+def read_ahead(dataset: torch.utils.data.Dataset, order: Sequence, workers: int) -> Iterator:
+    """The items of a dataset in this order, made by worker processes while the model works."""
+    workers = min(workers, len(order) - 1)  # a process for a single batch does not pay
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=None, sampler=order, num_workers=max(workers, 0)
+    )
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+# ---- 9  Training ---------------------------------------------------------------------------------
+def fit(
+    stage: str,
+    model: nn.Module,
+    step: Callable,
+    batches: Iterable,
+    steps: int,
+    learning_rate: float,
+    config: TrainConfig,
+    log,
+    network: nn.Module | None = None,
+) -> None:
+    """The loop of every stage: a batch, a loss, a gradient, an update if all of it is finite.
+
+    `step` takes a batch and returns the loss and what to log. `model` learns by AdamW with a
+    one-cycle learning rate; a regularizer's `network`, if any, beside it, by AdamW at a rate of its
+    own. Raises UserError when ten steps in a row were not finite.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, max(steps, 2))
+    optimizers = [optimizer]
+    learned = list(network.parameters()) if network else []
+    if learned:
+        optimizers.append(torch.optim.AdamW(learned, lr=config.discriminator_learning_rate))
+
+    model.train(stage != "rl")  # RL without dropout: score the policy that was sampled from
+    bar = tqdm(batches, stage, steps, disable=None)
+    failures = 0
+    for number, batch in enumerate(bar):
+        # A step's draws depend on nothing that came before it.
+        torch.manual_seed(config.seed * 1_000_003 + number)
+        loss, record = step(batch)
+
+        # Gradients.
+        for each in optimizers:
+            each.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
+        gradients = [each.grad for each in learned]
+        network_norm = nn.utils.get_total_norm(gradients)
+
+        # Update, all or nothing.
+        values = [loss.item(), norm.item(), network_norm.item(), *record.values()]
+        if all(math.isfinite(value) for value in values):
+            failures = 0
+            for each in optimizers:
+                each.step()
+        else:
+            failures += 1
+        if failures == 10:
+            what = f"{stage}: ten steps in a row were not finite"
+            raise UserError(f"{what}; try a lower --learning-rate")
+        cycle.step()
+
+        write_record(log, {"stage": stage, "step": number, "loss": loss.item(), **record})
+        bar.set_postfix({name: f"{value:.3f}" for name, value in record.items()})
+    model.eval()
+
+
+def write_record(log, record: dict) -> None:
+    """Add a line of JSON to a log. A number that is not finite, which JSON lacks, becomes null."""
+    for name, value in record.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            record[name] = None
+    log.write(json.dumps(record) + "\n")
+    log.flush()
+
+
+def split(config: TrainConfig) -> tuple[list[Example], list[Example]]:
+    """Training and test examples of a data set of the user's, shuffled by the seed."""
+    examples = read_examples(config.data)
+    random.Random(config.seed).shuffle(examples)
+    test_size = max(min(config.test_size, len(examples) // 5), 1)
+    return examples[test_size:][: config.train_size], examples[:test_size]
+
+
+# ---- 10  Evaluation ------------------------------------------------------------------------------
+def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
+    """Rank, from 1, of target n for query n: (N, D), (N, D) -> (N,). Never makes (N, N) of it.
+
+    Ties are lost: who says one thing of every picture finds none. Raises UserError for embeddings
+    that are not finite, which would rank first.
+    """
+    if not (queries.isfinite().all() and targets.isfinite().all()):
+        raise UserError("CLIP's embeddings are not finite and cannot be ranked; try another --clip")
+    ranks = []
+    for rows in torch.arange(len(queries), device=queries.device).split(chunk):
+        similarity = queries[rows] @ targets.T  # (chunk, N)
+        own = similarity.gather(1, rows[:, None])
+        ranks.append((similarity >= own - 1e-6).sum(dim=1))  # counts the target itself
+    return torch.cat(ranks)
+
+
+def recall(direction: str, queries: Tensor, targets: Tensor) -> dict[str, float]:
+    """Recall at 1, 5 and 10 and the median rank: of each query (N, D), among all targets (N, D)."""
+    ranks = retrieval_ranks(queries, targets)
+    measures = {f"{direction}_R@{k}": (ranks <= k).float().mean().item() for k in (1, 5, 10)}
+    return measures | {f"{direction}_median_rank": ranks.median().item()}
+
+
+def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor) -> dict[str, float]:
+    """Recall both ways, over all the images given: (N, D), (N, D)."""
+    there = recall("text_to_image", caption_embeddings, image_embeddings)
+    return there | recall("image_to_text", image_embeddings, caption_embeddings)
+
+
+def ngram_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """BLEU-4, ROUGE-L and CIDEr by pycocoevalcap, on `plain_words`."""
+    from pycocoevalcap.eval import Bleu, Cider, Rouge
+
+    written, human = {}, {}
+    for number, (caption, texts) in enumerate(zip(captions, references)):
+        written[number] = [plain_words(caption)]
+        human[number] = [plain_words(text) for text in texts]
+    return {
+        "bleu_4": float(Bleu(4).compute_score(human, written, verbose=0)[0][3]),
+        "rouge_l": float(Rouge().compute_score(human, written)[0]),
+        "cider": float(Cider().compute_score(human, written)[0]),
+    }
+
+
+def evaluate(
+    captions: Sequence[str], examples: Sequence[Example], image_embeddings: Tensor, clip: CLIP
+) -> dict[str, float]:
+    """All the measures of captions[n] for examples[n], whose image's embedding is row n: (N, D)."""
+    measures = retrieval(clip.embed_captions(captions), image_embeddings)
+    measures |= ngram_metrics(captions, [example.references for example in examples])
+    measures["mean_length"] = statistics.fmean(len(caption.split()) for caption in captions)
+    measures["distinct"] = len(set(captions)) / len(captions)
+    scenes = [example.scene for example in examples]
+    if all(scenes):
+        measures |= toy_measures(captions, scenes)
+    return measures
+
+
+SHARES = ("well_formed", "faithful", "distinct")  # printed in percent, as all R@k are
+
+
+def table(columns: dict[str, dict[str, float]]) -> str:
+    """Measures as lines of text, with a column for each mapping."""
+    names = next(iter(columns.values()))
+    lines = [" " * 26 + "".join(f" {heading:>10}" for heading in columns)]
+    for name in names:
+        form = "{:.3f}"
+        if "R@" in name or name in SHARES:
+            form = "{:.1%}"
+        elif "rank" in name:
+            form = "{:,.0f}"
+        cells = [form.format(measures[name]) for measures in columns.values()]
+        lines.append(f"{name:26}" + "".join(f" {cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
+# ---- 11  Toy world: pictures of two shapes, whose truth is known ---------------------------------
+class Scene(NamedTuple):
+    """What a picture shows, or what a caption says: then None is what it leaves open."""
+
+    size: str | None
+    colour: str | None
+    shape: str | None
+    relation: str | None  # "and" leaves the order open too
+    other_size: str | None
+    other_colour: str | None
+    other_shape: str | None
+    background: str | None
+
+    def __str__(self) -> str:
+        first = f"a {self.size} {self.colour} {self.shape}"
+        second = f"a {self.other_size} {self.other_colour} {self.other_shape}"
+        return f"{first} {self.relation} {second} on a {self.background} background"
+
+    def swapped(self) -> Scene:
+        """The two shapes in the other order."""
+        return Scene(*self[4:7], self.relation, *self[:3], self.background)
 
 
 SIZES = {"small": 4.5, "large": 7.5}  # radius in pixels
@@ -160,838 +1402,652 @@ CORNERS = {  # in units of the radius, y downwards
     "star": ((0, -1), (0.3, -0.3), (1, 0), (0.3, 0.3), (0, 1), (-0.3, 0.3), (-1, 0), (-0.3, -0.3)),
     "bar": ((-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4)),
 }
-COLOURS = dict(red="#e02020", green="#20a020", blue="#2040e0", yellow="#f0e000", purple="#8020a0", pink="#ff80c0",
-               brown="#804010", cyan="#20d0e0")  # fmt: skip
-BACKGROUNDS = dict(white="#ffffff", black="#000000", gray="#808080", beige="#e8d8b0")
+COLOURS = {
+    "red": "#e02020", "green": "#20a020", "blue": "#2040e0", "yellow": "#f0e000",
+    "purple": "#8020a0", "pink": "#ff80c0", "brown": "#804010", "cyan": "#20d0e0",
+}  # fmt: skip
+BACKGROUNDS = {"white": "#ffffff", "black": "#000000", "gray": "#808080", "beige": "#e8d8b0"}
 RELATIONS = ("to the left of", "above")
-WORDS = [*"a two shapes and on background to the left of above".split(), *SIZES, *SHAPES, *COLOURS, *BACKGROUNDS]
+FUNCTION_WORDS = "a two shapes and on background to the left of above".split()
+WORDS = [*FUNCTION_WORDS, *SIZES, *SHAPES, *COLOURS, *BACKGROUNDS]
 
+# The grammar of the world's captions. Its groups are the fields of Scene, in order.
 _NOUN = rf"a(?: ({'|'.join(SIZES)}))?(?: ({'|'.join(COLOURS)}))? ({'|'.join(SHAPES)})"
-_BACKGROUND = rf"(?: on a ({'|'.join(BACKGROUNDS)}) background)?"
-_GRAMMAR = re.compile(rf"(?:two shapes|{_NOUN} (and|{'|'.join(RELATIONS)}) {_NOUN}){_BACKGROUND}")
+_GROUND = rf"(?: on a ({'|'.join(BACKGROUNDS)}) background)?"
+_RELATION = rf" (and|{'|'.join(RELATIONS)}) "
+_GRAMMAR = re.compile(rf"(?:two shapes|{_NOUN}{_RELATION}{_NOUN}){_GROUND}")
 
 
-def parse(caption: str) -> tuple[str | None, ...] | None:
-    """(size, colour, shape, relation, size, colour, shape, background), None where left open; None if ill-formed."""
-    return (match := _GRAMMAR.fullmatch(caption)) and match.groups()
+@functools.lru_cache(maxsize=100_000)
+def parse(caption: str) -> Scene | None:
+    """What the caption says; None if it is not a sentence of the world's grammar."""
+    match = _GRAMMAR.fullmatch(caption)
+    return Scene(*match.groups()) if match else None
 
 
-def is_true(caption: str, scene: str) -> bool:
-    """Whether the caption is well-formed and nothing it says is false of the scene. "and" says nothing of the order."""
-    said, seen = parse(caption), parse(scene)
-    orders = [seen, (*seen[:3], "and", *seen[4:]), (*seen[4:7], "and", *seen[:3], seen[7])]
-    return bool(said) and any(all(word in (None, true) for word, true in zip(said, order)) for order in orders)
+def is_true(said: Scene | None, seen: Scene) -> bool:
+    """Whether what a caption says is well-formed, and nothing of it false of the scene."""
+    if said is None:
+        return False
+    if said.relation == "and":
+        said = said._replace(relation=None)
+        return fits(said, seen) or fits(said, seen.swapped())
+    return fits(said, seen)
 
 
-def write_references(scene: str, rng: random.Random, count: int = 5, generic: float = 0.7) -> tuple[str, ...]:
-    """What people might write: something generic, or else the whole scene."""
-    _, colour1, shape1, _, _, colour2, shape2, background = parse(scene)
-    coloured = f"a {colour1} {shape1} and a {colour2} {shape2}"
-    choices = (coloured, coloured, f"a {shape1} and a {shape2}", f"two shapes on a {background} background")
-    return tuple(rng.choice(choices) if rng.random() < generic else scene for _ in range(count))
+def fits(said: Scene, seen: Scene) -> bool:
+    """Whether each word of `said` is that of `seen`, or left open."""
+    return all(word is None or word == true for word, true in zip(said, seen))
 
 
-def draw(scene: str, rng: random.Random, pixels: int = 32) -> Image.Image:
-    """The scene as a picture; each shape's place varies by a pixel. Drawn four times too large, then shrunk."""
-    size1, colour1, shape1, relation, size2, colour2, shape2, background = parse(scene)
-    picture = Image.new("RGB", (4 * pixels, 4 * pixels), BACKGROUNDS[background])
+def write_references(
+    scene: Scene, rng: random.Random, count: int = 5, generic: float = 0.7
+) -> tuple[str, ...]:
+    """What people might write of a scene: something generic, else all of it."""
+    coloured = f"a {scene.colour} {scene.shape} and a {scene.other_colour} {scene.other_shape}"
+    shapes = f"a {scene.shape} and a {scene.other_shape}"
+    ground = f"two shapes on a {scene.background} background"
+    texts = []
+    for _ in range(count):
+        if rng.random() < generic:
+            texts.append(rng.choice((coloured, coloured, shapes, ground)))
+        else:
+            texts.append(str(scene))
+    return tuple(texts)
+
+
+def draw(scene: Scene, rng: random.Random, pixels: int = 32) -> Image.Image:
+    """The scene as a picture. Each shape's place varies by a pixel."""
+    scale = 4  # drawn four times too large, then shrunk, so that edges are smooth
+    size = (scale * pixels, scale * pixels)
+    picture = Image.new("RGB", size, BACKGROUNDS[scene.background])
     canvas = ImageDraw.Draw(picture)
-    for along, size, colour, shape in ((8, size1, colour1, shape1), (24, size2, colour2, shape2)):
-        x, y = 4 * (along + rng.uniform(-0.5, 0.5)), 4 * (16 + rng.uniform(-1, 1))
-        x, y = (x, y) if relation == "to the left of" else (y, x)
-        r, ink = 4 * SIZES[size], COLOURS[colour]
+    shapes = (scene[:3], scene[4:7])
+    for centre, (size, colour, shape) in zip((8, 24), shapes):
+        x = scale * (centre + rng.uniform(-0.5, 0.5))
+        y = scale * (16 + rng.uniform(-1, 1))
+        if scene.relation == "above":
+            x, y = y, x
+        radius = scale * SIZES[size]
+        ink = COLOURS[colour]
         if shape in CORNERS:
-            canvas.polygon([(x + r * dx, y + r * dy) for dx, dy in CORNERS[shape]], fill=ink)
+            corners = [(x + radius * across, y + radius * down) for across, down in CORNERS[shape]]
+            canvas.polygon(corners, fill=ink)
         else:  # a ring is a circle without its inside
-            canvas.ellipse((x - r, y - r, x + r, y + r), outline=ink, width=round(r if shape == "circle" else 0.45 * r))
+            line = round(radius if shape == "circle" else 0.45 * radius)
+            box = (x - radius, y - radius, x + radius, y + radius)
+            canvas.ellipse(box, outline=ink, width=line)
     return picture.resize((pixels, pixels), Image.Resampling.BOX)
 
 
 def toy_world(seed: int, train_size: int, test_size: int) -> tuple[list[Example], list[Example]]:
     """Training and test examples of the toy world. No scene occurs twice."""
     rng = random.Random(seed)
-    nouns = [f"a {size} {colour} {shape}" for size in SIZES for colour in COLOURS for shape in SHAPES]
+    nouns = [(size, colour, shape) for size in SIZES for colour in COLOURS for shape in SHAPES]
     scenes = [
-        f"{first} {relation} {second} on a {background} background"
-        for first in nouns for second in nouns for relation in RELATIONS for background in BACKGROUNDS
+        Scene(*first, relation, *second, background)
+        for first in nouns for second in nouns
+        for relation in RELATIONS for background in BACKGROUNDS
     ]  # fmt: skip
-    if train_size + test_size > len(scenes):
-        raise UserError(f"--train-size {train_size}: the toy world has {len(scenes)} scenes, test included")
-    drawn = enumerate(rng.sample(scenes, train_size + test_size))
-    examples = [Example(f"{n:05d}", draw(scene, rng), write_references(scene, rng), scene) for n, scene in drawn]
+    count = train_size + test_size
+    if count > len(scenes):
+        holds = f"the toy world has {len(scenes)} scenes, test included"
+        raise UserError(f"--train-size {train_size}: {holds}")
+    examples = []
+    for number, scene in enumerate(rng.sample(scenes, count)):
+        picture = draw(scene, rng)
+        references = write_references(scene, rng)
+        examples.append(Example(f"{number:05d}", picture, references, scene))
     return examples[:train_size], examples[train_size:]
 
 
-ESCAPES = {9: "\\t", 10: "\\n", 13: "\\r"}  # lest a file's name look like two fields or lines
-SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+def toy_measures(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:
+    """What only a known world can tell, exactly.
 
-
-def load_image(image: Path | Image.Image) -> Image.Image:
-    """Any picture as upright RGB: EXIF rotation, transparency on white, 16 bits scaled, first frame; or UserError."""
-    with explain(f"{image}: cannot be read"):
-        if isinstance(image, Path) and not image.is_file():
-            raise OSError("no such file")  # a pipe or a device would be waited for
-        picture = Image.open(image) if isinstance(image, Path) else image
-        picture.load()  # a truncated file fails here, not later
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode[0] in "IF":  # 16 bits or more: convert("RGB") would clip nearly all of them to white
-            high = 65535 if picture.mode.startswith("I;16") else picture.convert("F").getextrema()[1]
-            white = 65535 if high > 255 else 255 if high > 1 else 1
-            picture = picture.convert("F").point(lambda value: value * (255 / white) + 0.5).convert("L")
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
-
-
-def find_images(paths: Iterable[str], recursive: bool = True) -> list[Path]:
-    """The pictures named, and those in the folders named, each once, in order; hidden ones only if they are named."""
-    found: dict[Path, None] = {}  # links to folders are not followed: they may go in circles
-    for path in map(Path, paths):
-        if not os.path.lexists(path):
-            raise UserError(f"{path}: no such file or folder")
-        # what os.walk cannot walk through is found, too: it is a picture, or fails later
-        for folder, inner, names in os.walk(path, onerror=lambda error: found.setdefault(Path(error.filename))):
-            inner[:] = sorted(name for name in inner if recursive and not name.startswith("."))
-            pictures = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
-            found.update(dict.fromkeys(Path(folder, name) for name in pictures))
-    if not found:
-        raise UserError(f"{', '.join(paths) or '-'}: no pictures in this folder (looked for {' '.join(SUFFIXES)})")
-    return list(found)
-
-
-def read_rows(path: Path) -> dict[str, dict]:
-    """{file_name: row} of a metadata.jsonl; a row's caption is a list, of all the captions given for the picture."""
-    rows: dict[str, dict] = {}
-    lines = enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").split("\n"), 1)
-    for number, line in ((number, line) for number, line in lines if line.strip()):
-        with explain(f"{path}:{number}: not JSON with file_name and caption"):
-            row = json.loads(line)
-            name, captions = row["file_name"], [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
-            if not captions or not all(isinstance(each, str) and each.strip() for each in (name, *captions)):
-                raise ValueError("caption must be a text or a list of texts, none empty")
-            rows[name] = row | {"caption": [*rows[name]["caption"], *captions] if name in rows else [*captions]}
-    return rows
-
-
-def write_rows(path: Path, rows: dict[str, dict]) -> None:
-    """Write what `read_rows` reads, whole or not at all."""
-    single = {name: {"caption": row["caption"][0]} for name, row in rows.items() if len(row["caption"]) == 1}
-    lines = (json.dumps({"file_name": name} | row | single.get(name, {})) for name, row in rows.items())
-    write_text(path, "".join(line + "\n" for line in lines))
-
-
-def read_examples(folder: str) -> list[Example]:
-    """Read a folder with pictures and their metadata.jsonl. Raises UserError for what is not as it should be."""
-    table, examples = Path(folder) / "metadata.jsonl", []
-    for name, row in (read_rows(table) if table.is_file() else {}).items():
-        image, scene = table.parent / name, str(row.get("scene"))
-        if not image.is_file():
-            raise UserError(f"{table}: no such picture: {image}")
-        examples.append(Example(name, image, tuple(row["caption"]), scene if parse(scene) else None))
-    if not examples:
-        raise UserError(f"{table}: no examples there; DATA must be a folder with pictures and a metadata.jsonl")
-    return examples
-
-
-def split(config: TrainConfig) -> tuple[list[Example], list[Example]]:
-    """Training and test examples from a data set of the user's, shuffled by the seed."""
-    examples = read_examples(config.data)
-    random.Random(config.seed).shuffle(examples)
-    test_size = max(min(config.test_size, len(examples) // 5), 1)
-    return examples[test_size:][: config.train_size], examples[:test_size]
-
-
-def write_examples(folder: Path, examples: Sequence[Example]) -> list[Example]:
-    """Save examples as PNG files and a metadata.jsonl; return them as `read_examples` reads them from there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for example in examples:
-        load_image(example.image).save(folder / f"{example.image_id}.png")
-    rows = {f"{each.image_id}.png": {"caption": each.references, "scene": each.scene} for each in examples}
-    write_rows(folder / "metadata.jsonl", rows)
-    return read_examples(str(folder))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def schedule(examples: Sequence[Example], batch_size: int, steps: int, seed: int) -> Iterator[list[tuple[int, int]]]:
-    """For each step a batch of (index of an example, index of the reference that is its ground truth)."""
-    rng = random.Random(seed)
-    for _ in range(steps):  # drawn anew, never twice in a batch: a picture would be its own rival in Eq. 6
-        batch = rng.sample(range(len(examples)), batch_size)
-        yield [(index, rng.randrange(len(examples[index].references))) for index in batch]
-
-
-# ---- 3  Captioner: encode once, then sample, decode greedily and score from the same features ------------------------
-class Captioner(nn.Module):
-    """A captioner p(c|i): BLIP, VisionEncoderDecoder (ViT-GPT2 and the like) or GIT, with its preprocessing.
-
-    `tokens` are (B, T): P of `start` (start token and prompt, saved with the model), words, end, padding.
+    well_formed: the caption is a sentence of the world. faithful: it is true of its scene.
+    oracle_R@1: how often an ideal reader would pick the right scene, that is 1 / number of scenes
+    that the caption is true of, or 0 if it is not true of its own.
     """
-
-    def __init__(self, model: nn.Module, image_processor, tokenizer, prompt: str | None = None) -> None:
-        from transformers import GenerationConfig
-
-        super().__init__()
-        self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
-        self.family = model.config.model_type
-        encoder_decoder = self.family == "vision-encoder-decoder"
-        ids = model.generation_config if encoder_decoder else getattr(model.config, "text_config", model.config)
-        start = ids.decoder_start_token_id if encoder_decoder else ids.bos_token_id
-        self.end, self.pad = ids.sep_token_id if self.family == "blip" else ids.eos_token_id, ids.pad_token_id
-        if prompt is None:  # a BLIP from elsewhere learned to caption after these words
-            prompt = getattr(model.config, "prompt", "a picture of" if self.family == "blip" else "")
-        self.prompt = model.config.prompt = prompt
-        self.start = [start, *tokenizer(prompt, add_special_tokens=False).input_ids]
-        self.longest = model.config.get_text_config(decoder=True).max_position_embeddings - len(self.start)
-        ids = dict(decoder_start_token_id=start, eos_token_id=self.end, pad_token_id=self.pad)
-        writer = model.text_decoder if self.family == "blip" else model
-        writer.generation_config = GenerationConfig(**ids)  # the checkpoint's own settings would bias the samples
-
-    @classmethod
-    def load(cls, name: str, device: str = "cpu", prompt: str | None = None) -> Captioner:
-        """Load a Hub name, a Hugging Face folder, or the captioner of a run folder: fp32, in eval mode."""
-        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
-
-        folder = local_folder(name, "captioner", "config.json")
-        with explain(f"{name}: cannot load this captioner"):
-            family = json.loads((folder / "config.json").read_text())["model_type"]
-            if family not in (known := ("blip", "vision-encoder-decoder", "git")):
-                raise ValueError(f"a model of type {family}; captioners are of type {', '.join(known)}")
-            options = dict(dtype=torch.float32, output_loading_info=True)
-            model, report = AutoModelForImageTextToText.from_pretrained(folder, **options)
-            if report["missing_keys"]:
-                raise ValueError(f"it lacks the weights {min(report['missing_keys'])}; is it complete?")
-            parts = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-            return cls(model, *parts, prompt).eval().to(device)
-
-    def save(self, folder: Path) -> None:
-        """Write an ordinary Hugging Face folder."""
-        for part in (self.model, self.image_processor, self.tokenizer):
-            part.save_pretrained(folder)
-
-    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB pictures, resized and normalised as the checkpoint wants them: (B, 3, H, W)."""
-        return self.image_processor(list(images), return_tensors="pt").pixel_values
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Image features (B, N, H), computed once and used by everything below."""
-        pixels = pixels.to(self.model.device)
-        if self.family == "git":
-            return pixels  # it has no features to reuse
-        return (self.model.vision_model if self.family == "blip" else self.model.encoder)(pixels).last_hidden_state
-
-    def writer(self, features: Tensor, tokens: Tensor) -> tuple[nn.Module, dict]:
-        """The module that writes, and its inputs: what it sees of each image, and the tokens so far."""
-        if self.family == "blip":
-            return self.model.text_decoder, {"input_ids": tokens, "encoder_hidden_states": features}
-        if self.family == "git":
-            return self.model, {"input_ids": tokens, "pixel_values": features}
-        from transformers.modeling_outputs import BaseModelOutput
-
-        return self.model, {"decoder_input_ids": tokens, "encoder_outputs": BaseModelOutput(features)}
-
-    def tokenize(self, captions: Sequence[str], max_length: int) -> Tensor:
-        """Captions as tokens (B, T), T <= P + max_length. Longer ones are cut, and then have no end token."""
-        words = self.tokenizer([f"{self.prompt} {c}".strip() for c in captions], add_special_tokens=False).input_ids
-        rows = [torch.tensor([self.start[0], *row, self.end][: len(self.start) + max_length]) for row in words]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.model.device)
-
-    def mask(self, tokens: Tensor) -> Tensor:
-        """1.0 for the tokens after the start up to and with the first end, 0.0 for padding: (B, T - P)."""
-        ends = tokens[:, len(self.start) :] == self.end
-        return ((ends.cumsum(dim=1) - ends.long()) == 0).float()  # not `!= pad`: in GPT-2, pad is end
-
-    @torch.no_grad()
-    def generate(self, features: Tensor, max_length: int, **decoding) -> Tensor:
-        """Write captions: tokens (B, T). Greedy, or as `decoding` says; do_sample=True draws from p(c|i) itself."""
-        module, inputs = self.writer(features, torch.tensor([self.start] * len(features), device=self.model.device))
-        pure = dict(top_k=0, top_p=1.0, temperature=1.0) if decoding.get("do_sample") else {"do_sample": False}
-        return module.generate(**inputs, max_new_tokens=max_length, **(pure | decoding))
-
-    def log_probs(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """log p of each token given those before it, in nats: (B, T - P). Differentiable; padding is up to `mask`."""
-        module, inputs = self.writer(features, tokens[:, :-1])
-        words = tokens[:, len(self.start) :, None]  # (B, T - P, 1)
-        logits = module(**inputs).logits[:, -words.shape[1] :]  # (B, T - P, V): GIT's begin with the image
-        return logits.log_softmax(dim=-1).gather(2, words).squeeze(2)
-
-    def decode(self, tokens: Tensor) -> list[str]:
-        """Tokens as text, each caption a single line."""
-        words = tokens[:, len(self.start) :]
-        texts = self.tokenizer.batch_decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=True)
-        return [" ".join(text.split()) for text in texts]
-
-
-def local_folder(name: str, inside: str, wanted: str) -> Path:
-    """The folder of a checkpoint: `name`, `name`/`inside` (of a run), or the Hub's, cached or downloaded now."""
-    for folder in (Path(name) / inside, Path(name)):
-        if (folder / wanted).is_file():
-            return folder
-    if Path(name).exists():
-        raise UserError(f"{name}: not a checkpoint: no {wanted} and no {inside}/{wanted} in it")
-    from huggingface_hub import snapshot_download  # fails at once without the Hub; the libraries try for a minute
-
-    patterns = ["*.json", "*.txt", "*.model", "open_clip_*.safetensors" if inside == "clip" else "*.safetensors"]
-    with explain(f"{name}: not a folder, nor to be had from the Hugging Face Hub", "; give a folder, such as runs/toy"):
-        return Path(snapshot_download(name, allow_patterns=patterns))
+    said = [parse(caption) for caption in captions]
+    faithful = [is_true(each, scene) for each, scene in zip(said, scenes)]
+    matches = {each: sum(is_true(each, scene) for scene in scenes) for each in set(said)}
+    found = [true / max(matches[each], 1) for true, each in zip(faithful, said)]
+    return {
+        "well_formed": statistics.fmean(each is not None for each in said),
+        "faithful": statistics.fmean(faithful),
+        "oracle_R@1": statistics.fmean(found),
+    }
 
 
 def toy_tokenizer():
-    """A BERT tokenizer that knows the toy world's words. [SEP] has the highest id: CLIP pools at the argmax."""
+    """A BERT tokenizer of the world's words. [SEP] has the highest id: CLIP pools at the argmax."""
     from transformers import BertTokenizer
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[MASK]", "[DEC]", *dict.fromkeys(WORDS), "[SEP]"]
-    return BertTokenizer(vocab={word: number for number, word in enumerate(words)}, bos_token="[DEC]")
+    vocabulary = {word: number for number, word in enumerate(words)}
+    return BertTokenizer(vocab=vocabulary, bos_token="[DEC]")
 
 
 def toy_captioner(seed: int) -> Captioner:
-    """A BLIP of 0.5 M parameters with random weights, for 32-pixel pictures and the toy world's words."""
+    """A BLIP of 0.5 million parameters with random weights, for 32-pixel pictures."""
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
 
     torch.manual_seed(seed)
     tokenizer = toy_tokenizer()
-    # 0.1 is about 1 / sqrt(width). BLIP's own default for the vision tower, 1e-10, supposes that weights are loaded
-    size = dict(hidden_size=96, intermediate_size=384, num_attention_heads=3, initializer_range=0.1)
-    config = BlipConfig(
-        vision_config=dict(size, num_hidden_layers=2, image_size=32, patch_size=8),
-        text_config=dict(
-            size, num_hidden_layers=1, encoder_hidden_size=96, vocab_size=len(tokenizer), max_position_embeddings=32,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.sep_token_id,
-            sep_token_id=tokenizer.sep_token_id, pad_token_id=tokenizer.pad_token_id,
-        ),
+    size = dict(hidden_size=96, intermediate_size=384, num_attention_heads=3)
+    # About 1 / sqrt(width). BLIP's own default for the vision tower, 1e-10, supposes that weights
+    # are loaded: from scratch, it would stay blind.
+    size["initializer_range"] = 0.1
+    vision = dict(size, num_hidden_layers=2, image_size=32, patch_size=8)
+    text = dict(
+        size, num_hidden_layers=1, encoder_hidden_size=96, max_position_embeddings=32,
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.sep_token_id, sep_token_id=tokenizer.sep_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    model, pixels = BlipForConditionalGeneration(config), BlipImageProcessor(size=dict(height=32, width=32))
-    return Captioner(model, pixels, tokenizer, prompt="")
+    model = BlipForConditionalGeneration(BlipConfig(vision_config=vision, text_config=text))
+    image_processor = BlipImageProcessor(size=dict(height=32, width=32))
+    return Captioner(model, image_processor, tokenizer, prompt="")
 
 
-# ---- 4  CLIP: images and captions as unit rows -----------------------------------------------------------------------
-class CLIP:
-    """A frozen open_clip model: `embed_images` and `embed_captions` give unit rows (B, D) without gradient."""
+def toy_clip(
+    folder: Path, examples: Sequence[Example], config: TrainConfig, log, width: int = 96
+) -> CLIP:
+    """Train an open_clip model of 0.5 million parameters on pictures and alt texts, and save it.
 
-    def __init__(self, model: nn.Module, preprocess, tokenizer, device: str | torch.device = "cpu") -> None:
-        self.model, self.device = model.eval().to(device), device
-        self.preprocess, self.tokenizer = preprocess, tokenizer
-        self.logit_scale = model.logit_scale.exp().item()  # s, after exp
-
-    @classmethod
-    def load(cls, name: str, device: str | torch.device = "cpu") -> CLIP:
-        """Load an open_clip NAME/TAG, hf-hub:NAME, a folder with open_clip_config.json, or the CLIP of a run folder."""
-        import open_clip
-
-        architecture, weights, options = name, None, {}
-        if Path(name).exists() or name.startswith("hf-hub:"):
-            architecture = f"local-dir:{local_folder(name.removeprefix('hf-hub:'), 'clip', 'open_clip_config.json')}"
-        else:
-            architecture, _, weights = name.rpartition("/")
-            known = open_clip.get_pretrained_cfg(architecture, weights)
-            # weights trained with QuickGELU embed wrongly without it, and open_clip only warns
-            options = {"force_quick_gelu": known.get("quick_gelu", False)}
-            options |= {f"image_{each}": known.get(each) for each in ("mean", "std", "interpolation", "resize_mode")}
-            if repository := os.path.dirname(known.get("hf_hub", "")):
-                weights = f"{local_folder(repository, 'clip', 'open_clip_config.json')}/open_clip_model.safetensors"
-        with explain(f"{name}: cannot load this CLIP", "; give --clip NAME/TAG or a folder"):
-            model, preprocess = open_clip.create_model_from_pretrained(architecture, weights, **options)
-            return cls(model, preprocess, open_clip.get_tokenizer(architecture), device)
-
-    @torch.no_grad()
-    def embed_images(self, images: Iterable[Path | Image.Image], batch_size: int = 64) -> Tensor:
-        """Pictures as unit rows (B, D). Raises UserError for one that cannot be read."""
-        rows, images = [], iter(images)
-        while batch := [self.preprocess(load_image(image)) for image in itertools.islice(images, batch_size)]:
-            rows.append(self.model.encode_image(torch.stack(batch).to(self.device), normalize=True))
-        return torch.cat(rows)
-
-    @torch.no_grad()
-    def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Captions as unit rows (B, D). Each distinct caption is embedded once, so that equal captions tie exactly."""
-        distinct = list(dict.fromkeys(captions))
-        batches = (distinct[start : start + batch_size] for start in range(0, len(distinct), batch_size))
-        rows = [self.model.encode_text(self.tokenizer(batch).to(self.device), normalize=True) for batch in batches]
-        number = {caption: row for row, caption in enumerate(distinct)}
-        return torch.cat(rows)[[number[caption] for caption in captions]]
-
-
-# ---- 5  Rewards: pure functions of unit embeddings; nothing here has a gradient to give ------------------------------
-def similarity_reward(caption_embeddings: Tensor, image_embeddings: Tensor) -> Tensor:
-    """Cosine of each caption with its own image: (C, D), (C, D) -> (C,), in [-1, 1]. The reward of Cho et al. 2022."""
-    return (caption_embeddings * image_embeddings).sum(dim=1)
-
-
-def contrastive_reward(
-    caption_embeddings: Tensor, image_embeddings: Tensor, image_index: Tensor, logit_scale: float, direction="both"
-) -> Tensor:
-    """Bidirectional contrastive reward (Eq. 6) of each caption of the pool: (C, D), (I, D), (C,) -> (C,), as a cosine.
-
-        a(c, i) = s e_c.e_i - log sum_{c' != c} exp(s e_c'.e_i)    image-to-text: does the image pick this caption?
-        b(c, i) = s e_c.e_i - log sum_{i' != i} exp(s e_c.e_i')    text-to-image: does the caption pick its image?
-
-    image_index[c] is c's own image. The reward is (a + b) / 2s; of one direction, a / s or b / s. The log-sum-exp is a
-    soft maximum: the strongest competitor is the baseline; without any, it is zero. Only the scored pair is left out.
+    Its loss is CLIP's own; its texts say more than the references do (20 % are generic).
     """
-    logits = logit_scale * caption_embeddings @ image_embeddings.T  # (C, I)
-    own = logits.gather(1, image_index[:, None]).squeeze(1)  # (C,)
-    competitors = logits.T[image_index].fill_diagonal_(-torch.inf), logits.scatter(1, image_index[:, None], -torch.inf)
-    soft_maxima = [torch.where((value := each.logsumexp(dim=1)).isneginf(), 0.0, value) for each in competitors]
-    image_to_text, text_to_image = own - soft_maxima[0], own - soft_maxima[1]
-    both = (image_to_text + text_to_image) / 2
-    return {"both": both, "image-to-text": image_to_text, "text-to-image": text_to_image}[direction] / logit_scale
-
-
-def nearest_images(image_embeddings: Tensor, indices: Tensor, count: int) -> Tensor:
-    """Of each image indexed, the `count` most similar other images, most similar first: (N, D), (B,) -> (B, count)."""
-    similarity = image_embeddings[indices] @ image_embeddings.T  # (B, N)
-    return similarity.scatter(1, indices[:, None], -torch.inf).topk(count, dim=1).indices  # no image is its own
-
-
-def neighbours_reward(caption_embeddings: Tensor, image_embeddings: Tensor, neighbour_embeddings: Tensor) -> Tensor:
-    """Cosine with the own image less the mean over its similar images (Eq. 8): (C, D), (C, D), (C, N, D) -> (C,)."""
-    others = torch.einsum("cd,cnd->cn", caption_embeddings, neighbour_embeddings)
-    return similarity_reward(caption_embeddings, image_embeddings) - others.mean(dim=1)
-
-
-def mixed_reward(similarity: Tensor, regularizer: Tensor, similarity_weight: float) -> Tensor:
-    """r = alpha r_sim + (1 - alpha) r_reg (Eq. 3), elementwise."""
-    return similarity_weight * similarity + (1 - similarity_weight) * regularizer
-
-
-def self_critical_advantages(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
-    """A = r - r(greedy caption of the same image) (Eq. 7): (B,), (B,) -> (B,)."""
-    return rewards - greedy_rewards
-
-
-def group_advantages(rewards: Tensor) -> Tensor:
-    """A = r - the mean reward of the other samples of the same image (Eq. 9): (B, K) -> (B, K), K > 1."""
-    others = rewards.sum(dim=1, keepdim=True) - rewards
-    return rewards - others / (rewards.shape[1] - 1)
-
-
-# ---- 6  Discriminator: is this caption human? ------------------------------------------------------------------------
-class Discriminator(nn.Sequential):
-    """D(i, c) of Eq. 4: two hidden layers on e_i and e_c side by side; `forward` gives logits (C,)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(nn.Linear(2 * width, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 1))
-
-    def forward(self, image_embeddings: Tensor, caption_embeddings: Tensor) -> Tensor:
-        return super().forward(torch.cat([image_embeddings, caption_embeddings], dim=1)).squeeze(1)
-
-
-def discriminator_loss(sampled_logits: Tensor, ground_truth_logits: Tensor) -> Tensor:
-    """Binary cross-entropy (Eq. 4), in nats: sampled captions are 0, ground truth is 1, both halves weigh the same."""
-    return (F.softplus(sampled_logits).mean() + F.softplus(-ground_truth_logits).mean()) / 2
-
-
-# ---- 7  Objective: the only place where a loss of the captioner is made ----------------------------------------------
-def mean_log_probs(log_probs: Tensor, mask: Tensor) -> Tensor:
-    """log p(c|i) of each caption: the mean over its real tokens, in nats: (B, T), (B, T) -> (B,)."""
-    return (log_probs * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-
-
-def teacher_forcing_loss(log_probs: Tensor, mask: Tensor) -> Tensor:
-    """-log p(ground truth | i) (Eq. 1), the mean over the batch: (B, T), (B, T) -> ()."""
-    return -mean_log_probs(log_probs, mask).mean()
-
-
-def reinforce_loss(log_probs: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
-    """-A log p(c|i) (Eq. 2), the mean over the batch: (B, T), (B, T), (B,) -> (). The advantages are detached.
-
-    The gradient is the score function's, and only it means something: the value is no measure of progress.
-    """
-    return -(advantages.detach() * mean_log_probs(log_probs, mask)).mean()
-
-
-def ground_truth_loss(log_probs: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
-    """REINFORCE with the ground-truth caption as the trajectory (Eq. 5): teacher forcing weighted by distinctiveness.
-
-    Negative advantages count as zero: a human caption that is less distinctive than others is not to be unlearned.
-    """
-    return reinforce_loss(log_probs, mask, advantages.clamp(min=0))
-
-
-# ---- 8  Training -----------------------------------------------------------------------------------------------------
-def fit(stage: str, model: nn.Module, step: Callable, batches, learning_rate: float, config: TrainConfig, log) -> None:
-    """The loop of every stage: batch -> `step`, a loss and what to log -> gradient, if finite -> AdamW, one cycle."""
-    optimizer, bad = torch.optim.AdamW(model.parameters(), lr=learning_rate), 0
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(len(batches), 2))
-    bar = tqdm(batches, stage, disable=None)
-    for number, batch in enumerate(bar):
-        torch.manual_seed(config.seed * 1_000_003 + number)  # a step's randomness depends on nothing before it
-        loss, record = step(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
-        bad = 0 if torch.isfinite(loss + norm) else bad + 1
-        if bad == 10:
-            raise UserError(f"{stage}: ten steps in a row were not finite; try a lower --learning-rate")
-        if not bad:
-            optimizer.step()
-        cycle.step()
-        log.write(json.dumps({"stage": stage, "step": number, "loss": loss.item(), **record}) + "\n")
-        bar.set_postfix({name: f"{value:.3f}" for name, value in record.items()})
-
-
-def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, log, width: int = 96) -> CLIP:
-    """Train an open_clip model of 0.5 M parameters on pictures and alt texts with CLIP's loss, save it, and load it."""
     import open_clip
     from safetensors.torch import save_model
 
+    tokenizer = toy_tokenizer()
     tower = dict(width=width, layers=2)
-    text = dict(tower, heads=3, context_length=20, vocab_size=len(toy_tokenizer()), hf_tokenizer_name="toy")
-    shape = dict(embed_dim=width, vision_cfg=dict(tower, head_width=32, image_size=32, patch_size=8), text_cfg=text)
-    toy_tokenizer().save_pretrained(folder)
-    write_text(folder / "open_clip_config.json", json.dumps({"model_cfg": shape, "preprocess_cfg": {}}, indent=2))
+    text = dict(tower, heads=3, context_length=22, vocab_size=len(tokenizer))  # 20 words and ends
+    vision = dict(tower, head_width=32, image_size=32, patch_size=8)
+    shape = dict(embed_dim=width, vision_cfg=vision, text_cfg=text | dict(hf_tokenizer_name="toy"))
+    tokenizer.save_pretrained(folder)
+    settings = {"model_cfg": shape, "preprocess_cfg": {}}
+    write_text(folder / "open_clip_config.json", json.dumps(settings, indent=2))
+
     torch.manual_seed(config.seed)
-    tokenizer, model = open_clip.get_tokenizer(f"local-dir:{folder}"), open_clip.CLIP(**shape).to(config.device)
-    contrastive_loss, preprocess = open_clip.ClipLoss(), open_clip.image_transform(32, is_train=False)
-    pixels = torch.stack([preprocess(example.image) for example in examples]).to(config.device)
+    model = open_clip.CLIP(**shape).to(config.device)
+    tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
+    contrastive_loss = open_clip.ClipLoss()
+    preprocess = open_clip.image_transform(32, is_train=False)
+    pixels = stack_pixels(preprocess, [example.image for example in examples]).to(config.device)
     rng = random.Random(config.seed)
 
-    def step(batch: Sequence[tuple[int, int]]) -> tuple[Tensor, dict[str, float]]:
-        indices = [index for index, _ in batch]
-        texts = [write_references(examples[index].scene, rng, 1, generic=0.2)[0] for index in indices]
-        return contrastive_loss(*model(pixels[indices], tokenizer(texts).to(pixels.device))), {}
+    def step(pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, dict[str, float]]:
+        rows = [row for row, _ in pairs]
+        scenes = [examples[row].scene for row in rows]
+        texts = [write_references(scene, rng, 1, generic=0.2)[0] for scene in scenes]
+        return contrastive_loss(*model(pixels[rows], tokenize(texts).to(config.device))), {}
 
-    batches = list(schedule(examples, min(128, len(examples)), config.clip_steps, config.seed))
-    fit("clip", model, step, batches, 2e-3, config, log)
+    batch_size = min(128, len(examples))
+    batches = schedule(examples, batch_size, config.clip_steps, config.seed)
+    fit("clip", model, step, batches, len(batches), 2e-3, config, log)
     save_model(model, str(folder / "open_clip_model.safetensors"))
     return CLIP.load(str(folder), config.device)
 
 
-class Learner:
-    """A captioner that learns from examples, and what teaches it. A step takes B indices of examples, a ground-truth
-    caption of each, and their pixels; it gives a loss and what to log."""
+# ---- 12  Command line ----------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Models and captions: what every verb needs."""
 
-    def __init__(self, captioner: Captioner, clip: CLIP, examples: Sequence[Example], config: TrainConfig) -> None:
-        self.captioner, self.clip, self.examples, self.config = captioner, clip, examples, config
-        self.images = clip.embed_images(example.image for example in examples)  # (N, D), once for all epochs
-        torch.manual_seed(config.seed)
-        self.discriminator = Discriminator(self.images.shape[1]).to(clip.device)
-        self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=config.discriminator_learning_rate)
-
-    def fit(self, objective: str, log) -> None:
-        """Run one stage: `tf`, by Eq. 1, or `rl`, by Eq. 2-9."""
-        config, step, steps, rate = self.config, self.reinforce_step, self.config.steps, self.config.learning_rate
-        if objective == "tf":
-            step, steps, rate = self.teacher_forcing_step, config.tf_steps, config.tf_learning_rate
-        self.captioner.train(objective == "tf")  # in RL no dropout: score the policy that was sampled
-
-        def read_and_step(batch: Sequence[tuple[int, int]]) -> tuple[Tensor, dict[str, float]]:
-            chosen = [self.examples[index] for index, _ in batch]
-            ground_truth = [example.references[which] for example, (_, which) in zip(chosen, batch)]
-            pixels = self.captioner.pixels([load_image(example.image) for example in chosen])  # (B, 3, H, W)
-            return step(torch.tensor([index for index, _ in batch]).to(self.images.device), ground_truth, pixels)
-
-        batches = list(schedule(self.examples, config.batch_size, steps, config.seed))
-        fit(objective, self.captioner, read_and_step, batches, rate, config, log)
-        self.captioner.eval()
-
-    def teacher_forcing_step(self, indices: Tensor, ground_truth: list[str], pixels: Tensor) -> tuple[Tensor, dict]:
-        """The loss of Eq. 1."""
-        tokens = self.captioner.tokenize(ground_truth, self.config.max_length)
-        log_probs = self.captioner.log_probs(self.captioner.encode(pixels), tokens)
-        return teacher_forcing_loss(log_probs, self.captioner.mask(tokens)), {}
-
-    def reinforce_step(self, indices: Tensor, ground_truth: list[str], pixels: Tensor) -> tuple[Tensor, dict]:
-        """The loss of Eq. 2-9. The discriminator takes its step, too."""
-        captioner, config, features = self.captioner, self.config, self.captioner.encode(pixels)  # (B, N, H), once
-        seen, longest, count = features.detach(), config.max_length, config.samples
-        sampled = captioner.generate(seen, longest, do_sample=True, num_return_sequences=count)  # an image's K in a row
-        human, greedy = captioner.tokenize(ground_truth, longest), captioner.generate(seen, longest)
-        pool = [*sampled, *human, *greedy]  # C = KB + B + B captions
-        tokens = nn.utils.rnn.pad_sequence(pool, batch_first=True, padding_value=captioner.pad)  # (C, T)
-        captions = self.clip.embed_captions(captioner.decode(sampled) + ground_truth + captioner.decode(greedy))
-        rows, sizes = torch.arange(len(indices), device=indices.device), (len(sampled), len(human), len(greedy))
-        own = torch.cat([rows.repeat_interleave(count), rows, rows])  # (C,): whose caption it is, a row of the batch
-        similarity = self.similarity_rewards(captions, indices, own)
-        logits = self.discriminator(self.images[indices][own], captions)  # (C,), before its step
-        sampled_logits, human_logits, _ = logits.split(sizes)
-        self.optimizer.zero_grad()
-        discriminator_loss(sampled_logits, human_logits).backward()
-        self.optimizer.step()
-        rewards = mixed_reward(similarity, logits.detach().sigmoid(), config.similarity_weight)  # (C,)
-        advantages, human_advantages = self.advantages(*rewards.split(sizes))
-        drawn, trained = len(sampled), len(sampled) + len(human)
-        log_probs = captioner.log_probs(features[own[:trained]], tokens[:trained])  # one pass for both terms
-        mask = captioner.mask(tokens[:trained])
-        sampled_loss = reinforce_loss(log_probs[:drawn], mask[:drawn], advantages)
-        human_loss = ground_truth_loss(log_probs[drawn:], mask[drawn:], human_advantages)
-        return config.sampled_weight * sampled_loss + config.ground_truth_weight * human_loss, {
-            "reward": rewards[:drawn].mean().item(),
-            "ground_truth_reward": rewards[drawn:trained].mean().item(),
-            "discriminator_accuracy": torch.cat([sampled_logits < 0, human_logits > 0]).float().mean().item(),
-            "mean_length": mask[:drawn].sum(dim=1).mean().item(),
-        }
-
-    def similarity_rewards(self, captions: Tensor, indices: Tensor, own: Tensor) -> Tensor:
-        """r_sim: Eq. 6, Eq. 8 or, for other baselines, the cosine with the own image: (C, D), (B,), (C,) -> (C,)."""
-        images, count = self.images[indices], self.config.neighbours  # (B, D)
-        near = nearest_images(self.images, indices, count) if count else indices[:0]  # (B, n), or none
-        if self.config.baseline == "contrastive":
-            images = torch.cat([images, self.images[near[~torch.isin(near, indices)].unique()]])  # hard negatives
-            return contrastive_reward(captions, images, own, self.clip.logit_scale, self.config.direction)
-        if self.config.baseline == "neighbours":
-            return neighbours_reward(captions, images[own], self.images[near[own]])
-        return similarity_reward(captions, images[own])
-
-    def advantages(self, sampled: Tensor, ground_truth: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]:
-        """Rewards (KB,), (B,), (B,) -> advantages of the sampled (KB,) and of the ground-truth captions (B,)."""
-        groups = sampled.view(len(greedy), -1)  # (B, K)
-        if self.config.baseline == "greedy":
-            own = greedy.repeat_interleave(groups.shape[1])
-            return self_critical_advantages(sampled, own), self_critical_advantages(ground_truth, greedy)
-        if self.config.baseline == "group":
-            return group_advantages(groups).flatten(), ground_truth - groups.mean(dim=1)
-        # Eq. 6 has its baseline inside: the ground truth's reward says how far it beats its competitors
-        return sampled - sampled.mean() if self.config.baseline == "contrastive" else sampled, ground_truth
+    # fmt: off
+    captioner: str | None = flag("Salesforce/blip-image-captioning-base",
+                                 "Hub name, Hugging Face folder or run folder")
+    clip: str | None = flag(None, "open_clip NAME/TAG, hf-hub:NAME, folder or run folder; "
+                            "otherwise that of the captioner's run, or ViT-B-32/openai")
+    prompt: str | None = flag(None, "words to continue; otherwise those it was trained with, or "
+                              "for a BLIP that has none: a picture of")
+    beams: int = flag(1, "beams of the search; 1 decodes greedily", number(1))
+    max_length: int = flag(20, "most tokens in a caption", number(1))
+    batch_size: int = flag(64, "pictures in a batch", number(1))
+    workers: int = flag(2, "processes that read pictures while the model works", number(0))
+    seed: int = flag(0, "seed of everything random", number(0, 2**32 - 1))
+    device: str = flag("auto", "cpu, cuda, cuda:1, mps, or auto")
+    # fmt: on
 
 
-# ---- 9  Evaluation ---------------------------------------------------------------------------------------------------
-def retrieval_ranks(queries: Tensor, targets: Tensor) -> Tensor:
-    """Rank, from 1, of target n for query n: (N, D), (N, D) -> (N,). Ties are lost: to say one thing scores nothing."""
-    similarity = queries @ targets.T  # (N, N)
-    return (similarity >= similarity.diagonal()[:, None] - 1e-6).sum(dim=1)  # counts the target itself
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Decoding, Method):
+    """Train a captioner, and print what changed on pictures that were held out."""
+
+    # fmt: off
+    data: str = flag("toy", "toy, the built-in world, or a folder with metadata.jsonl", nargs="?")
+    recipe: str = flag("distinctive", "a published method by name; other flags override it",
+                       tuple(RECIPES))
+    out: str | None = flag(None, "run folder; otherwise runs/NAME-OF-DATA")
+    tf_steps: int = flag(0, "steps of teacher forcing, first", number(0))
+    tf_learning_rate: float = flag(1e-5, "its peak learning rate", WEIGHT)
+    steps: int = flag(10_000, "steps of reinforcement learning", number(0))
+    learning_rate: float = flag(1e-6, "its peak learning rate", WEIGHT)
+    discriminator_learning_rate: float = flag(7e-5, "learning rate of a regularizer's network "
+                                              "(Eq. 4, 10)", WEIGHT)
+    max_gradient_norm: float = flag(1.0, "gradients are scaled down to this norm", WEIGHT)
+    clip_steps: int = flag(600, "steps of pretraining the toy world's CLIP", number(1))
+    train_size: int | None = flag(None, "use at most so many training examples", number(1))
+    test_size: int = flag(1000, "examples held out for the table, at most a fifth", number(1))
+    # fmt: on
 
 
-def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor) -> dict[str, float]:
-    """Recall at 1, 5 and 10 and the median rank, both ways, over all the images given."""
-    measures, rows = {}, (caption_embeddings, image_embeddings)
-    for direction, (queries, targets) in {"text_to_image": rows, "image_to_text": rows[::-1]}.items():
-        ranks = retrieval_ranks(queries, targets)
-        measures |= {f"{direction}_R@{k}": (ranks <= k).float().mean().item() for k in (1, 5, 10)}
-        measures[f"{direction}_median_rank"] = ranks.median().item()
-    return measures
+@dataclasses.dataclass(frozen=True)
+class CaptionConfig(Decoding):
+    """Write a caption for every picture: path, tab, caption, a line each, on standard output."""
+
+    # fmt: off
+    paths: tuple[str, ...] = flag((), "pictures, folders of pictures, or - for a list of them on "
+                                  "standard input", nargs="+")
+    recursive: bool = flag(True, "look into folders within folders")
+    out: str | None = flag(None, "write to this .jsonl file; one that exists is continued")
+    overwrite: bool = flag(False, "caption anew what has a caption in --out")
+    samples: int = flag(0, "sample so many captions of each picture; 0: search", number(0))
+    temperature: float = flag(0.7, "of --samples; 1 is the captioner's own distribution",
+                              number(0.01, kind=float))
+    top_p: float = flag(1.0, "of --samples: only the likeliest tokens that make up this much",
+                        number(0, 1, float))
+    rerank: bool = flag(False, "of --samples (8 if not given), keep what best tells a picture from "
+                        "those of its batch (Eq. 6)")
+    min_length: int = flag(5, "fewest tokens in a caption", number(0))
+    repetition_penalty: float = flag(1.0, "above 1, words that were written are less likely",
+                                     number(0.01, kind=float))
+    beams: int = flag(3, "beams of the search; 1 decodes greedily", number(1))
+    batch_size: int = flag(16, "pictures in a batch", number(1))
+    # fmt: on
 
 
-def ngram_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """BLEU-4, ROUGE-L and CIDEr by pycocoevalcap, on lower-case words without punctuation."""
-    from pycocoevalcap.eval import Bleu, Cider, Rouge
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(Decoding):
+    """Caption a data set, and measure the captions."""
 
-    words = re.compile(r"\w+(?:['-]\w+)*").findall
-    written = {number: [" ".join(words(caption.lower()))] for number, caption in enumerate(captions)}
-    human = {number: [" ".join(words(text.lower())) for text in texts] for number, texts in enumerate(references)}
-    return {
-        "bleu_4": float(Bleu(4).compute_score(human, written, verbose=0)[0][3]),
-        "rouge_l": float(Rouge().compute_score(human, written)[0]),
-        "cider": float(Cider().compute_score(human, written)[0]),
-    }
+    data: str = flag("", "folder with metadata.jsonl", nargs=None)
+    out: str | None = flag(None, "write the measures to this JSON file")
 
 
-def toy_measures(captions: Sequence[str], scenes: Sequence[str]) -> dict[str, float]:
-    """What only a known world can tell. oracle_R@1: 1 / number of scenes a caption is true of; 0 if not of its own."""
-    faithful = [is_true(caption, scene) for caption, scene in zip(captions, scenes)]
-    matches = {caption: sum(is_true(caption, scene) for scene in scenes) for caption in set(captions)}
-    return {
-        "well_formed": statistics.fmean(parse(caption) is not None for caption in captions),
-        "faithful": statistics.fmean(faithful),
-        "oracle_R@1": statistics.fmean(true / max(matches[caption], 1) for true, caption in zip(faithful, captions)),
-    }
-
-
-def evaluate(captions: Sequence[str], examples: Sequence[Example], images: Tensor, clip: CLIP) -> dict[str, float]:
-    """All the measures of captions[n] for examples[n], of which images[n] is the image's embedding: (N, D)."""
-    measures = retrieval(clip.embed_captions(captions), images)
-    measures |= ngram_metrics(captions, [example.references for example in examples])
-    measures["mean_length"] = statistics.fmean(len(caption.split()) for caption in captions)
-    measures["distinct"] = len(set(captions)) / len(captions)
-    if all(example.scene for example in examples):
-        measures |= toy_measures(captions, [example.scene for example in examples])
-    return measures
-
-
-def table(columns: dict[str, dict[str, float]]) -> str:
-    """Measures as lines, a column per mapping; shares in percent."""
-    rows = [("", *columns)]
-    for name in next(iter(columns.values())):
-        share = "R@" in name or name in ("well_formed", "faithful", "distinct")
-        form = "{:.1%}" if share else "{:,.0f}" if "rank" in name else "{:.3f}"
-        rows.append((name, *(form.format(column[name]) for column in columns.values())))
-    return "\n".join(f"{name:26}" + "".join(f" {value:>10}" for value in values) for name, *values in rows)
-
-
-# ---- 10  Command line ------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def write_captions(
-    captioner: Captioner, images: Sequence[Path], config: Decoding, clip: CLIP | None = None, skip=False, **decoding
-) -> Iterator[list[str] | UserError]:
-    """Captions of each picture; with a `clip`, the best one. A bad file's error is raised, or given if `skip`."""
-    if config.max_length > captioner.longest:
-        raise UserError(f"--max-length {config.max_length}: this captioner writes at most {captioner.longest} tokens")
-    with ThreadPoolExecutor() as threads:
-        for start in tqdm(range(0, len(images), config.batch_size), "caption", disable=None):
-            torch.manual_seed(config.seed * 1_000_003 + start)
-            loads = [threads.submit(load_image, image) for image in images[start : start + config.batch_size]]
-            captions = iter(())
-            if good := [load.result() for load in loads if not (skip and load.exception())]:
-                features = captioner.encode(captioner.pixels(good))
-                written = captioner.decode(
-                    captioner.generate(features, config.max_length, **{"num_beams": config.beams} | decoding)
-                )
-                written = rerank(written, clip, clip.embed_images(good)) if clip else written
-                captions = zip(*[iter(written)] * (len(written) // len(good)))
-            yield from (load.exception() or list(next(captions)) for load in loads)
-
-
-def rerank(captions: Sequence[str], clip: CLIP, image_embeddings: Tensor) -> list[str]:
-    """Of the N captions of each of B images the one with the highest reward of Eq. 6, all B * N competing."""
-    count = len(captions) // len(image_embeddings)
-    own = torch.arange(len(image_embeddings), device=image_embeddings.device).repeat_interleave(count)
-    rewards = contrastive_reward(clip.embed_captions(captions), image_embeddings, own, clip.logit_scale)
-    return [captions[row * count + best] for row, best in enumerate(rewards.view(-1, count).argmax(dim=1).tolist())]
-
-
-def clip_name(config: Decoding) -> str:
-    """The CLIP that the flags name; else the one that the captioner's run learned with; else the usual one."""
-    if not config.clip and Path(config.captioner, "captioner").is_dir():
-        return json.loads(Path(config.captioner, "config.json").read_text())["clip"] or config.captioner
-    return config.clip or "ViT-B-32/openai"
+# What the toy world changes; everything else is as for photographs.
+TOY = dict(
+    captioner=None, similarity_weight=0.99, ground_truth_weight=2.0,
+    tf_steps=600, tf_learning_rate=2e-3, steps=400, learning_rate=6e-4,
+    discriminator_learning_rate=1e-3, train_size=8000, workers=0,
+)  # fmt: skip
 
 
 def train(config: TrainConfig) -> None:
-    """`distcap train`: see TrainConfig."""
-    out, toy = Path(config.out or f"runs/{Path(config.data).resolve().name}"), config.data == "toy"
+    """`distcap train`: see TrainConfig. What can be wrong is found before anything slow begins."""
+    out = Path(config.out or f"runs/{Path(config.data).resolve().name}")
     if out.exists():
-        raise UserError(f"{out}: is there already; remove it, or give another folder with --out")
-    if config.objective == "tf" and not config.tf_steps:
-        raise UserError("--objective tf --tf-steps 0: nothing to train; give --tf-steps")
-    if toy and config.clip and not config.captioner:
-        raise UserError(f"--clip {config.clip}: the toy world trains its own, unless --captioner is given too")
-    training, test = toy_world(config.seed, config.train_size, config.test_size) if toy else split(config)
+        raise UserError(f"{out}: already exists; remove it, or give another folder with --out")
+    toy = config.data == "toy"
+    training, test = (
+        toy_world(config.seed, config.train_size, config.test_size) if toy else split(config)
+    )
     if len(training) < max(config.batch_size, config.neighbours + 1):
-        raise UserError(f"--batch-size, --neighbours: only {len(training)} training examples; give less")
-    flag, least = {"group": ("samples", 2), "neighbours": ("neighbours", 1)}.get(config.baseline, ("samples", 1))
-    if getattr(config, flag) < least:
-        raise UserError(f"--baseline {config.baseline}: needs --{flag} {least} or more")
+        few = f"only {len(training)} training examples; give less"
+        raise UserError(f"--batch-size, --neighbours: {few}")
     if config.captioner:
         config = dataclasses.replace(config, clip=clip_name(config))
-        captioner = Captioner.load(config.captioner, config.device, config.prompt)
-        clip = CLIP.load(config.clip, config.device)
+        captioner, clip = load_models(config)
+
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
+    write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     if toy:
         test = write_examples(out / "test", test)
     with open(out / "log.jsonl", "w", encoding="utf-8") as log:
         if not config.captioner:
             captioner = toy_captioner(config.seed).to(config.device)
+            captioner.check_length(config.max_length)
             clip = toy_clip(out / "clip", training, config, log)
-        learner, images = Learner(captioner, clip, training, config), [example.image for example in test]
-        shown = clip.embed_images(images)  # a picture that cannot be read ends the run here, before the slow part
-        if config.objective == "rl":
-            learner.fit("tf", log)
-        before = [each for (each,) in write_captions(captioner, images, config)]
-        learner.fit(config.objective, log)
+        test_embeddings = clip.embed_images([example.image for example in test], config.workers)
+        captions = learn(captioner, clip, training, test, config, log)
     captioner.save(out / "captioner")
-    captions = {"before": before, "after": [each for (each,) in write_captions(captioner, images, config)]}
-    measured = {row: evaluate(captions[row], test, shown, clip) for row in captions}
-    about = dict(split="test", images=len(test), seed=config.seed, beams=config.beams, max_length=config.max_length)
-    about["versions"] = {name: version(name) for name in ("torch", "transformers", "open_clip_torch", "pycocoevalcap")}
-    write_text(out / "results.json", json.dumps(measured | about, indent=2))
+
+    measured = {}
+    for row, texts in captions.items():
+        measured[row] = evaluate(texts, test, test_embeddings, clip)
+    packages = ("torch", "transformers", "open_clip_torch", "pycocoevalcap")
+    about = dict(split="test", images=len(test), seed=config.seed, beams=config.beams)
+    about |= {
+        "max_length": config.max_length,
+        "versions": {name: version(name) for name in packages},
+    }
+    write_text(out / "results.json", json.dumps(measured | about, indent=2) + "\n")
     print(table(measured))
-    for example, *pair in zip(test[:6], *captions.values()):
-        print(f"\n{example.image_id}\n  before  {pair[0]}\n  after   {pair[1]}")
+    for example, before, after in zip(test[:6], captions["before"], captions["after"]):
+        print(f"\n{example.image_id}\n  before  {before}\n  after   {after}")
+
+
+def learn(
+    captioner: Captioner, clip: CLIP, training: Sequence[Example], test: Sequence[Example],
+    config: TrainConfig, log,
+) -> dict[str, list[str]]:  # fmt: skip
+    """Teacher forcing (Eq. 1), then reinforcement learning (Eq. 2 to 10). Returns captions of the
+    test pictures before and after RL; with `--objective tf`, before and after teacher forcing."""
+    images = [example.image for example in test]
+    dataset = CaptionDataset(training, captioner.pixels)
+    learner = Learner(captioner, clip, config, config.max_length)
+    captions = {}
+    if config.objective == "tf":
+        captions["before"] = caption_all(captioner, images, config)
+
+    order = schedule(training, config.batch_size, config.tf_steps, config.seed)
+    batches = read_ahead(dataset, order, config.workers)
+    step, rate = learner.teacher_forcing_step, config.tf_learning_rate
+    fit("tf", captioner, step, batches, len(order), rate, config, log)
+
+    if config.objective == "rl":
+        captions["before"] = caption_all(captioner, images, config)
+        prepare_reinforcement(learner, training, config)
+        order = schedule(training, config.batch_size, config.steps, config.seed)
+        batches = read_ahead(dataset, order, config.workers)
+        step, rate = learner.reinforce_step, config.learning_rate
+        network = learner.regularizer.network
+        fit("rl", captioner, step, batches, len(order), rate, config, log, network)
+    captions["after"] = caption_all(captioner, images, config)
+    return captions
+
+
+def prepare_reinforcement(learner: Learner, training: Sequence[Example], config: TrainConfig):
+    """Embed the training pictures, once for all epochs, and make the regularizer, which may compare
+    with the captioner as it is now."""
+    images = [example.image for example in training]
+    learner.image_embeddings = learner.clip.embed_images(images, config.workers)  # (N, D)
+    torch.manual_seed(config.seed)
+    learner.regularizer = make_regularizer(learner, [each.references for each in training])
+    learner.regularizer.network.to(config.device)
+
+
+class Written(NamedTuple):
+    """What became of one picture: its captions, or why there are none."""
+
+    captions: list[str]
+    failure: UserError | None
+
+
+@torch.no_grad()
+def write_captions(
+    captioner: Captioner, images: Sequence[Path | Image.Image], config: Decoding,
+    write: Callable[[Tensor], Tensor], clip: CLIP | None = None,
+) -> Iterator[Written]:  # fmt: skip
+    """The captions of each picture, in order. `write` makes tokens (K*B, P + T) of features.
+
+    With a `clip`, of each picture's K captions the one that best tells it from its batch.
+    """
+    prepare = [captioner.pixels] + ([clip.pixels] if clip else [])
+    batches = PictureBatches(images, prepare, config.batch_size)
+    bar = tqdm(total=len(images), desc="caption", disable=None)
+    for number, batch in enumerate(read_ahead(batches, range(len(batches)), config.workers)):
+        torch.manual_seed(config.seed * 1_000_003 + number)
+        groups = iter(())
+        if batch.pixels:
+            features = captioner.encode(batch.pixels[0])  # (B, L, H)
+            captions = captioner.decode(write(features))  # K*B of them
+            groups = batched(captions, len(captions) // len(features))
+            if clip:
+                best = rerank(captions, clip, clip.encode_pixels(batch.pixels[1]))
+                groups = batched(best, 1)
+        for failure in batch.failures:
+            yield Written([], failure) if failure else Written(list(next(groups)), None)
+        bar.update(len(batch.failures))
+    bar.close()
+
+
+def rerank(captions: Sequence[str], clip: CLIP, image_embeddings: Tensor) -> list[str]:
+    """Of the K captions of each of B images the best by Eq. 6, all K*B competing: (B, D)."""
+    count = len(captions) // len(image_embeddings)
+    row = torch.arange(len(image_embeddings), device=image_embeddings.device)
+    image_index = row.repeat_interleave(count)
+    embeddings = clip.embed_captions(captions)
+    rewards = contrastive_reward(embeddings, image_embeddings, image_index, clip.logit_scale)
+    best = rewards.view(-1, count).argmax(dim=1).tolist()
+    return [captions[row * count + place] for row, place in enumerate(best)]
+
+
+def caption_all(captioner: Captioner, images: Sequence, config: Decoding) -> list[str]:
+    """One caption of each picture, by search. Raises UserError for one that cannot be read."""
+    search = functools.partial(captioner.search, max_length=config.max_length, beams=config.beams)
+    captions = []
+    for written in write_captions(captioner, images, config, search):
+        if written.failure:
+            raise written.failure
+        captions.append(written.captions[0])
+    return captions
+
+
+def clip_name(config: Decoding) -> str:
+    """The CLIP that the flags name, else that of the captioner's run, else the usual one."""
+    if not config.clip and Path(config.captioner, "captioner").is_dir():
+        run = json.loads(Path(config.captioner, "config.json").read_text())
+        return run["clip"] or config.captioner
+    return config.clip or "ViT-B-32/openai"
+
+
+def load_models(config: Decoding, with_clip: bool = True) -> tuple[Captioner, CLIP | None]:
+    """The captioner that the flags name and, if it is wanted, the CLIP."""
+    captioner = Captioner.load(config.captioner, config.device, config.prompt)
+    captioner.check_length(config.max_length)
+    return captioner, CLIP.load(clip_name(config), config.device) if with_clip else None
+
+
+ESCAPES = {9: "\\t", 10: "\\n", 13: "\\r"}  # lest a file's name look like two fields or lines
 
 
 def caption(config: CaptionConfig) -> int:
-    """`distcap caption`: see CaptionConfig."""
-    out = Path(config.out) if config.out else None
-    if out and (out.suffix != ".jsonl" or not out.parent.is_dir()):
-        raise UserError(f"--out {out}: must be a .jsonl file in a folder that exists")
+    """`distcap caption`: see CaptionConfig. Returns 1 if some pictures could not be read."""
     listed = sys.stdin.read().split("\n") if "-" in config.paths else []
-    found = find_images([path for path in (*config.paths, *listed) if path not in ("-", "")], config.recursive)
+    named = [path for path in (*config.paths, *listed) if path not in ("-", "")]
+    found = find_images(named, config.recursive)
+    out = Path(config.out) if config.out else None
     rows = read_rows(out) if out and out.exists() else {}
     names = {path: os.path.relpath(path, out.parent) if out else "" for path in found}
-    paths, failures = [path for path in found if config.overwrite or names[path] not in rows], []
-    captioner = Captioner.load(config.captioner, config.device, config.prompt) if paths else None
-    clip = CLIP.load(clip_name(config), config.device) if paths and config.rerank else None
-    extra = dict(repetition_penalty=config.repetition_penalty, min_new_tokens=min(config.min_length, config.max_length))
-    if samples := config.samples or 8 * config.rerank:
-        drawing = dict(do_sample=True, temperature=config.temperature, top_p=config.top_p)
-        extra |= drawing | dict(num_beams=1, num_return_sequences=samples)
-    captions = write_captions(captioner, paths, config, clip, skip=True, **extra)
-    for number, (path, written) in enumerate(zip(paths, captions), 1):
-        if isinstance(written, UserError):
-            failures.append(written)
+    paths = [path for path in found if config.overwrite or names[path] not in rows]
+
+    failures = []
+    for number, (path, written) in enumerate(caption_paths(paths, config), 1):
+        if written.failure:
+            failures.append(written.failure)
         elif out:
-            rows[names[path]] = rows.get(names[path], {}) | {"caption": written}
+            rows[names[path]] = rows.get(names[path], {}) | {"caption": written.captions}
         else:
-            print(*(f"{str(path).translate(ESCAPES)}\t{each}" for each in written), sep="\n", flush=True)
-        if out and (number % config.batch_size == 0 or number == len(paths)):  # always whole, so never cut short
-            write_rows(out, rows)
+            for text in written.captions:
+                print(f"{str(path).translate(ESCAPES)}\t{text}", flush=True)
+        if out and (number % config.batch_size == 0 or number == len(paths)):
+            write_rows(out, rows)  # always whole, so never cut short
+
     for failure in failures:
         print(f"distcap: {str(failure).translate(ESCAPES)}", file=sys.stderr)
     if out:
-        done, kept = len(paths) - len(failures), len(found) - len(paths)
-        print(f"distcap: {done} captioned, {len(failures)} failed, {kept} had a caption", file=sys.stderr)
+        done = f"{len(paths) - len(failures)} captioned, {len(failures)} failed"
+        print(f"distcap: {done}, {len(found) - len(paths)} had a caption", file=sys.stderr)
     return 1 if failures else 0
+
+
+def caption_paths(paths: Sequence[Path], config: CaptionConfig) -> Iterator[tuple[Path, Written]]:
+    """Each path with what became of it, written as the flags say. No path: no model is loaded."""
+    if not paths:
+        return
+    captioner, clip = load_models(config, config.rerank)
+    count = config.samples or 8 * config.rerank
+    options = dict(max_length=config.max_length, repetition_penalty=config.repetition_penalty)
+    options["min_new_tokens"] = min(config.min_length, config.max_length)
+    if count:
+        options |= dict(count=count, temperature=config.temperature, top_p=config.top_p)
+        write = functools.partial(captioner.sample, **options)
+    else:
+        write = functools.partial(captioner.search, beams=config.beams, **options)
+    yield from zip(paths, write_captions(captioner, paths, config, write, clip))
 
 
 def evaluate_command(config: EvalConfig) -> None:
     """`distcap eval`: see EvalConfig."""
     examples = read_examples(config.data)
-    if config.out and not Path(config.out).parent.is_dir():
-        raise UserError(f"--out {config.out}: the folder {Path(config.out).parent} is not there; make it first")
-    captioner = Captioner.load(config.captioner, config.device, config.prompt)
-    clip = CLIP.load(clip_name(config), config.device)
+    captioner, clip = load_models(config)
     images = [example.image for example in examples]
-    captions = [each for (each,) in write_captions(captioner, images, config)]
-    measures = evaluate(captions, examples, clip.embed_images(images), clip)
+    captions = caption_all(captioner, images, config)
+    measures = evaluate(captions, examples, clip.embed_images(images, config.workers), clip)
     print(table({Path(config.data).resolve().name: measures}))
     if config.out:
-        write_text(Path(config.out), json.dumps(measures, indent=2))
+        write_text(Path(config.out), json.dumps(measures, indent=2) + "\n")
 
 
-VERBS = {"train": (TrainConfig, train), "caption": (CaptionConfig, caption), "eval": (EvalConfig, evaluate_command)}
+def ignored_flags(config: Decoding) -> dict[str, str]:
+    """The flags that change nothing beside the others, each with the flag that is the reason."""
+    if isinstance(config, CaptionConfig):
+        sampling = config.samples or config.rerank
+        ignored = (
+            {"beams": "samples"} if sampling else dict.fromkeys(["temperature", "top_p"], "samples")
+        )
+        ignored |= {} if config.rerank else {"clip": "rerank"}
+        return ignored | ({} if config.out else {"overwrite": "out"})
+    if not isinstance(config, TrainConfig):
+        return {}
+    ignored = ignored_settings(config)
+    if config.objective == "tf":
+        ignored |= dict.fromkeys(["steps", "learning_rate"], "objective")
+    if config.objective == "tf" or config.regularizer not in ("discriminator", "grammar"):
+        ignored["discriminator_learning_rate"] = "regularizer"
+    if config.tf_steps == 0:
+        ignored["tf_learning_rate"] = "tf_steps"
+    if config.data != "toy" or config.captioner:
+        ignored["clip_steps"] = "captioner"
+    return ignored
+
+
+def check(config: Decoding, given: set[str]) -> None:
+    """Refuse what cannot be meant, before any slow work. `given` are the flags that were given."""
+    with explain(f"--device {config.device}: cannot be used", "; try auto"):
+        torch.empty(0, device=config.device)
+    for name, reason in ignored_flags(config).items():
+        if name in given:
+            setting = f"--{reason.replace('_', '-')} {getattr(config, reason)}"
+            raise UserError(f"--{name.replace('_', '-')}: changes nothing with {setting}")
+
+    if isinstance(config, TrainConfig):
+        refusals = {
+            "--objective tf --tf-steps 0: nothing to train; give --tf-steps":
+                config.objective == "tf" and config.tf_steps == 0,
+            "--sampled-weight 0 --ground-truth-weight 0: nothing to train; give one of them":
+                config.sampled_weight == config.ground_truth_weight == 0,
+            "--baseline group: needs --samples 2 or more":
+                config.baseline == "group" and config.samples < 2,
+            "--baseline neighbours: needs --neighbours 1 or more":
+                config.baseline == "neighbours" and config.neighbours < 1,
+            f"--clip {config.clip}: the toy world trains its own, unless --captioner is given too":
+                config.data == "toy" and config.clip and not config.captioner,
+        }  # fmt: skip
+    else:
+        refusals = {
+            f"--out {config.out}: must be a .jsonl file":
+                isinstance(config, CaptionConfig) and (config.out or ".jsonl")[-6:] != ".jsonl",
+            f"--out {config.out}: must be in a folder that exists; make it first":
+                config.out and not Path(config.out).parent.is_dir(),
+        }  # fmt: skip
+    for message, wrong in refusals.items():
+        if wrong:
+            raise UserError(message)
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> None:
+        """Exit with 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def add_flags(parser: argparse.ArgumentParser, cls) -> None:
-    """A flag for each field of a configuration; one that is not given parses as None, `configuration` has defaults."""
-    for each in dataclasses.fields(cls):
-        limits, flag, kind = each.metadata, "--" + each.name.replace("_", "-"), each.type.split(" ")[0]
-        toy = f"; on toy {limits['toy'] or 'its own'}" if "toy" in limits else ""
-        told = toy or each.default not in (None, "", ())
-        help = limits["help"] + (f" (default: {each.default}{toy})" if told else "")
-        if "positional" in limits:
-            parser.add_argument(each.name, metavar=each.name.upper(), nargs=limits["positional"], help=limits["help"])
-        elif kind == "bool":
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
-        elif "choices" in limits:
-            parser.add_argument(flag, choices=limits["choices"].split(), help=help)
-        else:
-            convert, metavar = {"int": (int, "N"), "float": (float, "X")}.get(kind, (str, "TEXT"))
-            parser.add_argument(flag, type=convert, metavar=metavar, help=help)
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the defaults that say something: not "(default: None)"."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        plain = action.default is None or not action.option_strings
+        return action.help if plain else super()._get_help_string(action)
+
+
+VERBS = {
+    "train": (TrainConfig, train),
+    "caption": (CaptionConfig, caption),
+    "eval": (EvalConfig, evaluate_command),
+}
+
+
+def make_parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the command line, and those of its verbs: a flag for each setting."""
+    parser = Parser("distcap", description="Distinctive image captioning with RL and CLIP.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,caption,eval}")
+    parsers = {}
+    for verb, (cls, _) in VERBS.items():
+        about = dict(help=cls.__doc__, description=cls.__doc__, formatter_class=HelpFormatter)
+        parsers[verb] = verbs.add_parser(verb, **about)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for base in (cls, *cls.__mro__[:-1]):  # its own first
+            group = parsers[verb].add_argument_group(base.__doc__.split(":")[0].split(",")[0])
+            for name in [name for name in base.__annotations__ if name in fields]:
+                add_flag(group, fields.pop(name))
+    toy = [f"--{name.replace('_', '-')} {value}" for name, value in TOY.items()]
+    parsers["train"].epilog = f"On the toy world: {' '.join(toy[1:])}."
+    return parser, parsers
+
+
+def add_flag(group, field: dataclasses.Field) -> None:
+    """A flag for one setting, or a positional argument where it has `nargs`."""
+    if "nargs" in field.metadata:
+        group.add_argument(
+            field.name, metavar=field.name.upper(), default=field.default, **field.metadata
+        )
+        return
+    options = dict(field.metadata, default=field.default)
+    if isinstance(field.default, bool):
+        options = dict(
+            help=options["help"], default=field.default, action=argparse.BooleanOptionalAction
+        )
+    elif "choices" not in options:
+        options["metavar"] = {int: "N", float: "X"}.get(type(field.default), "TEXT")
+    group.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> tuple[str, Decoding, set[str]]:
+    """The verb, its settings, and the names of the flags that were given. What is not given comes
+    from the recipe, else from the toy world, else from the class."""
+    parser, parsers = make_parsers()
+    values = vars(parser.parse_args(arguments))
+    verb = values["verb"]
+    if verb == "train":
+        toy = TOY if values["data"] == "toy" else {}
+        parsers[verb].set_defaults(**toy | RECIPES[values["recipe"]])
+        values = vars(parser.parse_args(arguments))
+    parsers[verb].set_defaults(**dict.fromkeys(values))
+    found = vars(parser.parse_args(arguments))
+    given = {name for name, value in found.items() if value is not None}
+    return verb, configure(VERBS[verb][0], values), given
+
+
+def configure(cls: type, values: dict):
+    """Settings of this class, with the device that `auto` stands for."""
+    settings = cls(**{name: value for name, value in values.items() if name != "verb"})
+    if settings.device != "auto":
+        return settings
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return dataclasses.replace(settings, device=str(device or "cpu"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 done, 1 some inputs failed, 2 the user's mistake."""
-    parser = Parser("distcap", description="Distinctive image captioning with CLIP-guided reinforcement learning.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,caption,eval}")
-    for verb, (cls, _) in VERBS.items():
-        add_flags(verbs.add_parser(verb, help=cls.__doc__, description=cls.__doc__), cls)
-    values = vars(parser.parse_args(arguments))
-    cls, run = VERBS[values.pop("verb")]
+    """Run the command line. Returns the exit status: 0 done, 1 some inputs failed, 2 a mistake."""
+    verb, config, given = parse_arguments(arguments)
     logging.getLogger().setLevel(logging.CRITICAL)  # the libraries announce what they load
     logging.captureWarnings(True)  # and Pillow warns of what it reads all the same
-    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # names need not be UTF-8; a notebook's streams cannot change
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
+    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        # Names need not be UTF-8. A notebook's streams cannot be changed, and need not be.
         getattr(stream, "reconfigure", dict)(encoding="utf-8", errors="surrogateescape")
     try:
-        return run(configuration(cls, values)) or 0
-    except (BrokenPipeError, KeyboardInterrupt) as stop:  # whoever read us has seen enough, as `head` does; or Ctrl-C
+        check(config, given)
+        return VERBS[verb][1](config) or 0
+    except (BrokenPipeError, KeyboardInterrupt) as stop:  # the reader has seen enough; or Ctrl-C
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 130 if isinstance(stop, KeyboardInterrupt) else 0
-    except (UserError, OSError) as error:  # a full disk or a folder that must not be written to: no bug of ours
+    except (UserError, OSError) as error:  # a full disk or a forbidden folder is no bug of ours
         print(f"distcap: {error}", file=sys.stderr)
         return 2
 
