@@ -10,34 +10,35 @@ Guided Reinforcement Learning" (arXiv 2402.13936). Equations are numbered as in 
     python distcap.py caption runs/toy/test --captioner runs/toy  # a line for each picture
     python distcap.py eval runs/toy/test --captioner runs/toy     # the numbers of its table again
 
-One step of training, from top to bottom:
+One step of training, from left to right and back:
 
-    picture ── encode ──> features ─┬─ sample x K ─┐
-                                    ├─ greedy ─────┼─> pool of captions ── CLIP ─┬─> r_sim ─┐
-    human caption ── tokenize ──────┴──────────────┘      (Eq. 6, 8 or a cosine) └─> r_reg ─┤
-                                                          (Eq. 4 or 10: human?)             │
-    loss = Eq. 2 on samples                                                          Eq. 3: rewards
-         + Eq. 5 on human captions <── log p, one pass <── advantages <── less a baseline ──┘
-                                                                          (Eq. 7, 9)
+    picture ── encode ──> features ─┬─ sample x K ─┐              Eq. 6, 8 or cosine
+                                    ├─ greedy ─────┼─> pool ── CLIP ──┬── r_sim ──┐
+    human caption ── tokenize ──────┴──────────────┘                  └── r_reg ──┤ Eq. 3
+                                                          human? Eq. 4 or 10      v
+    loss = Eq. 2 on samples + Eq. 5 on human captions <── advantages <── Eq. 7, 9 ── rewards
+           (log p: one forward pass)
 
-Sections 1 to 5 are the method, and can be read, imported and tested alone. Tensors go in, tensors
-come out; of the rest of the file they use six methods of a captioner (encode, sample, greedy,
-tokenize, decode, log_probs) and one of a CLIP (embed_captions). Sections 6 to 12 are the program.
+Sections 1 to 5 are the method, and can be read, imported and tested alone. They know no file, flag
+or model class: of the rest they use six methods of a captioner (encode, sample, greedy, tokenize,
+decode, log_probs) with its `pad`, and one of a CLIP (embed_captions) with its `logit_scale`.
+Sections 6 to 12 are the program.
 
 Shape letters, the same in every comment below:
-    B images of a batch                      K captions sampled for each image
-    C captions of a pool: K*B + B + B        I images of a pool: B, and hard negatives if any
-    N pictures of a data set                 M images most similar to an image
-    P tokens before a caption: the start token and the prompt
-    T tokens of the longest caption of a batch, its end included
-    V tokens of the vocabulary               L places in an image's features
-    D width of CLIP's embeddings             H width of the captioner's features
+    B images of a batch; K captions sampled for each image
+    C captions of a pool (K*B sampled, B human, B greedy)
+    I images of a pool (B, and hard negatives if any); M images most similar to an image
+    N pictures of a data set
+    P tokens before a caption (the start token and the prompt)
+    T tokens of the longest caption of a batch, its end included; V tokens of the vocabulary
+    D width of CLIP's embeddings; H width of the captioner's features; L places in them
 
-Where the authors' scripts go another way (the README says why): (1) the ground-truth term trains on
-the ground truth; (2) log p is the sum over a caption's real tokens, divided by a constant;
-(3) samples are drawn from the captioner itself; (4) there is no dropout in reinforcement learning;
-(5) Eq. 6 masks its own pair out; (6) advantages are centred; (7) no human caption is unlearned;
-(8) results include measures that the reward cannot hack.
+This file departs from the authors' scripts as follows (the README says why): (1) the ground-truth
+term trains on the human caption, not once more on the sample; (2) log p is the sum over a caption's
+real tokens, divided by a constant; (3) samples are drawn from the captioner itself; (4) there is no
+dropout in reinforcement learning; (5) Eq. 6 masks its own pair out; (6) with Eq. 6, the samples'
+advantages are centred; (7) no human caption is unlearned; (8) results include measures that the
+reward cannot hack.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import random
 import re
 import statistics
@@ -73,20 +75,22 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def explain(what: str, remedy: str = "") -> Iterator[None]:
-    """Turn an error of a library within into a UserError of one line, with what it was about.
+    """Turn an exception of a library call in the block into a UserError of one line.
 
-    Put it around the library's call alone: a mistake of ours should keep its traceback.
+    Put it around that call alone: a mistake of ours should keep its traceback.
     """
     try:
         yield
+    except pickle.UnpicklingError:  # torch's advice is to trust it all the same: not ours
+        raise UserError(f"{what} (its weights hold more than tensors){remedy}") from None
     except Exception as error:  # damaged files make libraries raise all kinds
         reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
         raise UserError(f"{what} ({reason}){remedy}") from None
 
 
 def flag(default, help: str, kind=str, **options):
-    """A field of a settings class, and the command line's flag of that name. `kind` converts its
-    text; a tuple holds its choices."""
+    """A field of a settings class, and the command line's flag of that name. `kind` is a function
+    that converts its text, or a tuple of its choices."""
     chosen = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
     return dataclasses.field(default=default, metadata={"help": help, **chosen, **options})
 
@@ -108,24 +112,28 @@ def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[st
 WEIGHT = number(0, kind=float)
 
 
-# ---- 1  Method: the settings that are the method -------------------------------------------------
+# ---- 1  Method: the settings that define it ------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is optimised, and against what. The defaults are the method of Chaffin et al."""
+    """What is optimized, and against what. The defaults are the method of Chaffin et al.
+
+    Raises UserError for a choice that does not exist.
+    """
 
     # fmt: off
     objective: str = flag("rl", "reinforcement learning after teacher forcing, or teacher forcing "
                           "alone (Eq. 1)", ("rl", "tf"))
-    baseline: str = flag("contrastive", "what a caption is held against: the pool (Eq. 6), the "
-                         "greedy caption (Eq. 7), similar images (Eq. 8), other samples (Eq. 9), "
-                         "or nothing", ("contrastive", "greedy", "neighbours", "group", "none"))
+    baseline: str = flag("contrastive", "what a caption is held against, in reward and advantage: "
+                         "the pool (Eq. 6), the greedy caption (Eq. 7), similar images (Eq. 8), "
+                         "other samples (Eq. 9), or nothing",
+                         ("contrastive", "greedy", "neighbours", "group", "none"))
     direction: str = flag("both", "the half of Eq. 6 that counts",
                           ("both", "image-to-text", "text-to-image"))
-    regularizer: str = flag("discriminator", "what speaks for human writing (Eq. 4, 10)",
+    regularizer: str = flag("discriminator", "what rewards human writing (Eq. 4, 10)",
                             ("discriminator", "kl", "cider", "grammar", "none"))
     samples: int = flag(1, "captions sampled for each picture", number(1))
     neighbours: int = flag(0, "similar images; with Eq. 6, hard negatives", number(0))
-    similarity_weight: float = flag(0.94, "alpha of Eq. 3; the regularizer weighs the rest",
+    similarity_weight: float = flag(0.94, "alpha of Eq. 3; the regularizer gets the rest",
                                     number(0, 1, float))
     sampled_weight: float = flag(1.0, "weight of sampled captions (Eq. 2)", WEIGHT)
     ground_truth_weight: float = flag(1.0, "weight of human captions (Eq. 5)", WEIGHT)
@@ -133,18 +141,25 @@ class Method:
                                   "or its own length (for comparison)", ("constant", "caption"))
     # fmt: on
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            choices = field.metadata.get("choices")
+            value = getattr(self, field.name)
+            if choices and value not in choices:
+                raise UserError(f"{field.name} {value!r}: must be one of {', '.join(choices)}")
+
     @property
     def alpha(self) -> float:
         """The weight of the similarity in Eq. 3: all of it where there is no regularizer."""
         return 1.0 if self.regularizer == "none" else self.similarity_weight
 
 
-# Samples alone, each held against the greedy caption of its image.
-SELF_CRITICAL = dict(baseline="greedy", regularizer="none", ground_truth_weight=0.0)
-# The same with a regularizer, weighed as the authors weigh their discriminator.
-WEIGHED = SELF_CRITICAL | dict(similarity_weight=0.94)
-# Samples alone, and no regularizer.
+# Samples alone, without human captions and without a regularizer.
 CLIP_ALONE = dict(regularizer="none", ground_truth_weight=0.0)
+# The same, each sample held against the greedy caption of its image.
+SELF_CRITICAL = CLIP_ALONE | dict(baseline="greedy")
+# To be completed by a regularizer, which gets the weight of the authors' discriminator.
+WEIGHTED = SELF_CRITICAL | dict(similarity_weight=0.94)
 
 # Published methods by name: what each changes in Method. They are faithful in the objective, not in
 # every detail (architectures, data, schedules).
@@ -153,11 +168,12 @@ RECIPES: dict[str, dict] = {
     "ground-truth": dict(sampled_weight=0.0, regularizer="none"),  # theirs, human captions alone
     "tf": dict(objective="tf"),
     "scst": SELF_CRITICAL | dict(regularizer="cider", similarity_weight=0.0),  # Rennie et al. 2017
-    "clip-scst": SELF_CRITICAL,  # Cho et al. 2022; with grammar, they weigh 2 * 2.5 cosine : 1
+    "clip-scst": SELF_CRITICAL,  # Cho et al. 2022
+    # Theirs with grammar; they add 2 * 2.5 cosine and 1 grammar score, so alpha is 5/6.
     "clip-scst-grammar": SELF_CRITICAL | dict(regularizer="grammar", similarity_weight=0.83),
-    "clip-scst-cider": WEIGHED | dict(regularizer="cider"),
-    "clip-scst-kl": WEIGHED | dict(regularizer="kl"),
-    "clip-scst-discriminator": WEIGHED | dict(regularizer="discriminator"),
+    "clip-scst-cider": WEIGHTED | dict(regularizer="cider"),
+    "clip-scst-kl": WEIGHTED | dict(regularizer="kl"),
+    "clip-scst-discriminator": WEIGHTED | dict(regularizer="discriminator"),
     "similar-images": CLIP_ALONE | dict(baseline="neighbours", neighbours=10),  # Zhang et al. 2022
     "retrieval": CLIP_ALONE | dict(direction="text-to-image"),  # after Dessì et al. 2023
     "group": CLIP_ALONE | dict(baseline="group", samples=4),  # as in RLOO and GRPO
@@ -179,25 +195,27 @@ def ignored_settings(method: Method) -> dict[str, str]:
         ignored["neighbours"] = "direction"  # hard negatives are images
     if method.regularizer == "none":
         ignored["similarity_weight"] = "regularizer"
-    if method.sampled_weight == 0 and method.baseline not in ("contrastive", "group"):
+    # Samples of no weight may still be competitors, a group's mean, or what D learns from.
+    used = method.baseline in ("contrastive", "group") or method.regularizer == "discriminator"
+    if method.sampled_weight == 0 and not used:
         ignored["samples"] = "sampled_weight"
     return ignored
 
 
 # ---- 2  Objective: the only place where a loss of the captioner is made --------------------------
-def caption_log_probs(log_probs: Tensor, mask: Tensor, longest: float | None) -> Tensor:
-    """log p(c|i) of each caption, as it stands in Eq. 1, 2 and 5: (B, T), (B, T) -> (B,).
+def caption_log_probs(log_probs: Tensor, mask: Tensor, divisor: float | None) -> Tensor:
+    """log p(c|i) of each caption, as it stands in Eq. 1, 2 and 5: (C, T), (C, T) -> (C,).
 
-    The sum of the token log-probabilities, in nats, over the caption's real tokens; padding counts
-    for nothing. It is divided by `longest`, the same constant for every caption, which only sets
-    the scale. With `longest` None each caption is divided by its own length, as many scripts do,
-    and then the theorems of REINFORCE no longer hold: the update follows the gradient of E[A / T],
-    so even a reward of 1 for everything teaches something, namely to be brief.
+    The sum of the token log-probabilities, in nats, over the caption's real tokens; padding is
+    ignored. It is divided by `divisor`, the same constant for every caption, which only sets the
+    scale. With `divisor` None each caption is divided by its own length, as many scripts do. Then
+    REINFORCE is biased: the update follows the gradient of E[A / length], so that an advantage of 1
+    for everything, which should teach nothing, teaches brevity.
     """
-    total = (log_probs * mask).sum(dim=1)
-    if longest is None:
+    total = log_probs.masked_fill(mask == 0, 0.0).sum(dim=1)
+    if divisor is None:
         return total / mask.sum(dim=1).clamp(min=1)
-    return total / longest
+    return total / divisor
 
 
 def teacher_forcing_loss(human_log_probs: Tensor) -> Tensor:
@@ -208,29 +226,30 @@ def teacher_forcing_loss(human_log_probs: Tensor) -> Tensor:
 def reinforce_loss(sampled_log_probs: Tensor, advantages: Tensor) -> Tensor:
     """-A log p(c|i) (Eq. 2), the mean over the samples: (K*B,), (K*B,) -> ().
 
-    The advantages are detached. Only the gradient means something, it is the score-function
-    estimate of that of the expected reward; the value is no measure of progress.
+    The advantages are detached. Only the gradient is meaningful: minus the score-function estimate
+    of the gradient of the expected reward. The value is no measure of progress.
     """
     return -(advantages.detach() * sampled_log_probs).mean()
 
 
 def ground_truth_loss(human_log_probs: Tensor, advantages: Tensor) -> Tensor:
-    """REINFORCE with the human caption in the place of a sample (Eq. 5): (B,), (B,) -> ().
+    """REINFORCE with the human caption in place of a sample (Eq. 5): (B,), (B,) -> ().
 
-    Teacher forcing, weighted by how distinctive each caption is. A negative advantage counts as
-    zero: a human caption less distinctive than others is left alone, not unlearned.
+    Teacher forcing, weighted by how distinctive each caption is (and how human: the advantage is of
+    Eq. 3's reward). A negative advantage counts as zero: a human caption that loses against its
+    competitors is left alone, not unlearned.
     """
     return reinforce_loss(human_log_probs, advantages.clamp(min=0))
 
 
-# ---- 3  Rewards and baselines: pure functions of unit embeddings, none of which has a gradient ---
+# ---- 3  Rewards and baselines: pure functions; nothing that goes in or out has a gradient --------
 def similarity_reward(caption_embeddings: Tensor, image_embeddings: Tensor) -> Tensor:
     """Cosine of each caption with its own image: (C, D), (C, D) -> (C,). Cho et al. 2022."""
     return (caption_embeddings * image_embeddings).sum(dim=1)
 
 
 def soft_maximum(logits: Tensor) -> Tensor:
-    """log sum exp of each row: (C, I) -> (C,). Zero for a row of -inf: without competitors."""
+    """log sum exp of each row: (C, I) -> (C,). Zero if all of it is -inf: no competitors."""
     maxima = logits.logsumexp(dim=1)
     return torch.where(maxima.isneginf(), 0.0, maxima)
 
@@ -247,14 +266,15 @@ def contrastive_reward(
         a(c, i) = s e_c.e_i - log sum_{c' != c} exp(s e_c'.e_i)    image-to-text
         b(c, i) = s e_c.e_i - log sum_{i' != i} exp(s e_c.e_i')    text-to-image
 
-    image_index[c] is the image that caption c was written for, s is `logit_scale`. The reward is
-    (a + b) / 2s, or a / s or b / s for one direction. The log-sum-exp is a soft maximum: the
-    strongest competitor sets the bar. Only the scored pair itself is left out, so that the human
-    and the greedy caption of the same image compete too.
+    image_index[c] is the image that caption c was written for; s is `logit_scale`, the factor
+    itself (100 for OpenAI's CLIP), not its logarithm. The reward is (a + b) / 2s, or a / s or b / s
+    for one direction. The log-sum-exp is a soft maximum: the strongest competitor sets the bar.
+    Only the pair (c, i) itself is left out: all other captions of the same image compete too.
 
-    The halves are different things. What a subtracts does not depend on c: it is a *baseline*,
-    and leaves the expected gradient that of the plain cosine. What b subtracts moves with c: it is
-    part of the *reward*, and makes a caption pay for fitting other images.
+    The halves are different things. What a subtracts does not depend on c: for a sampled caption it
+    is a *baseline*, and leaves the expected gradient that of the plain cosine. (For a human one,
+    which is not drawn, it decides the weight.) What b subtracts moves with c: it is part of the
+    *reward*, and makes a caption pay for fitting other images.
     """
     logits = logit_scale * caption_embeddings @ image_embeddings.T  # (C, I)
     own = logits.gather(1, image_index[:, None]).squeeze(1)  # (C,)
@@ -314,11 +334,11 @@ def centred_advantages(rewards: Tensor) -> Tensor:
     return rewards - rewards.mean()
 
 
-# ---- 4  Regularisers: r_reg of Eq. 3, what speaks for human writing ------------------------------
+# ---- 4  Regularizers: r_reg of Eq. 3, what rewards human writing ---------------------------------
 class Regularizer:
-    """One interface for all of them. This one says nothing: `--regularizer none`.
+    """One interface for all of them. This one pays nothing: `--regularizer none`.
 
-    `network` is what the regularizer learns, if it learns. Its optimiser steps when the captioner's
+    `network` is what the regularizer learns, if it learns. Its optimizer steps when the captioner's
     does, and not at all in a step that is not finite.
     """
 
@@ -326,7 +346,7 @@ class Regularizer:
         self.network: nn.Module = nn.Identity()
 
     def score(self, rollout: Rollout, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """What to pay each caption of the pool (C,), without gradient; the loss () from which the
+        """r_reg of each caption of the pool (C,), without gradient; the loss () from which the
         network learns, with a gradient for the network alone; and what to log."""
         nothing = torch.zeros_like(rollout.caption_embeddings[:, 0])
         return nothing, nothing.sum(), {}
@@ -344,7 +364,7 @@ def perceptron(width: int) -> nn.Sequential:
 def discriminator_loss(wrong_logits: Tensor, human_logits: Tensor) -> Tensor:
     """Binary cross-entropy (Eq. 4), in nats: sampled (or corrupted) captions are 0, human ones 1.
 
-    (C,), (C,) -> (); both halves weigh the same, however many captions they hold.
+    (K*B,), (B,) -> (); both halves weigh the same, however many captions they hold.
     """
     wrong_loss = F.softplus(wrong_logits).mean()  # -log (1 - D)
     human_loss = F.softplus(-human_logits).mean()  # -log D
@@ -367,36 +387,37 @@ class Discriminator(Regularizer):
         return self.network(pairs).squeeze(1)
 
     def score(self, rollout: Rollout, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """D of every caption; the loss of Eq. 4; the share of captions that D tells rightly."""
+        """D of every caption; the loss of Eq. 4; D's accuracy on sampled and human captions."""
         images = rollout.image_embeddings[rollout.image_index]  # (C, D)
         logits = self.logits(images, rollout.caption_embeddings)
         sampled, human, _ = logits.split(rollout.sizes)
-        right = torch.cat([sampled < 0, human > 0]).float().mean()
-        record = {"discriminator_accuracy": right.item()}
+        correct = torch.cat([sampled < 0, human > 0]).float().mean()
+        record = {"discriminator_accuracy": correct.item()}
         return logits.detach().sigmoid(), discriminator_loss(sampled, human), record
 
 
 class KL(Regularizer):
-    """Stay near the captioner that reinforcement learning began with (Eq. 10).
+    """Stay near the captioner that reinforcement learning started from, p_0 (Eq. 10).
 
-    r_reg is log p_0(c|i) - log p(c|i). Of a sampled caption that is minus an unbiased estimate of
-    KL(p || p_0), in nats, on the scale of `caption_log_probs`.
+    r_reg is log p_0(c|i) - log p(c|i), in nats divided by `divisor`. Of a sampled caption that is
+    minus an unbiased estimate of KL(p || p_0). `captioner` is copied as it is now.
     """
 
-    def __init__(self, captioner, longest: float | None) -> None:
+    def __init__(self, captioner, divisor: float | None) -> None:
         super().__init__()
         self.captioner = captioner
-        self.teacher = copy.deepcopy(captioner).eval()
-        self.longest = longest
+        self.initial = copy.deepcopy(captioner).eval()
+        self.divisor = divisor
 
     @torch.no_grad()
     def score(self, rollout: Rollout, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Two passes over the pool that training itself does not need."""
+        """The log-ratio of every caption; no loss; the estimate of the divergence. It costs two
+        passes over the pool that training itself does not need."""
         log_probs = []
-        for captioner in (self.captioner, self.teacher):
+        for captioner in (self.captioner, self.initial):
             features = captioner.encode(batch.pixels)[rollout.image_index]
             words, mask = captioner.log_probs(features, rollout.tokens)
-            log_probs.append(caption_log_probs(words, mask, self.longest))
+            log_probs.append(caption_log_probs(words, mask, self.divisor))
         now, before = log_probs
         sampled_now, *_ = (now - before).split(rollout.sizes)
         return before - now, now.new_zeros(()), {"kl": sampled_now.mean().item()}
@@ -411,7 +432,7 @@ class Cider(Regularizer):
     """CIDEr of each caption against the references of its image (Eq. 10), from 0 to 10.
 
     By pycocoevalcap's scorer, with the document frequencies of the whole data set, not of a batch.
-    `references` holds those of every picture of the data set.
+    `references` holds those of every picture of the data set, of which no pool is larger.
     """
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
@@ -430,31 +451,35 @@ class Cider(Regularizer):
 
         pictures = batch.index[rollout.image_index].tolist()
         self.scorer.ctest = cook_refs([plain_words(caption) for caption in rollout.captions])
-        # The scorer takes the size of the data set from the length of this list; what stands
-        # behind the references of this pool is counted, not compared.
+        # The scorer takes the size of the data set from the length of this list. What follows the
+        # references of this pool pads it to that length, and is never compared.
         uncompared = self.references[len(pictures) :]
         self.scorer.crefs = [self.references[index] for index in pictures] + uncompared
         scores = rollout.caption_embeddings.new_tensor(self.scorer.compute_cider())
         return scores, scores.new_zeros(()), {}
 
 
-def corrupt(caption: str, rng: random.Random) -> str:
-    """The caption with a word repeated, dropped, inserted or swapped with the next, or shuffled."""
+CORRUPTIONS = ("repeat", "drop", "insert", "swap", "shuffle")
+
+
+def corrupt(caption: str) -> str:
+    """The caption with one of its words repeated, dropped, inserted elsewhere or swapped with the
+    next, or all of it shuffled, by torch's random numbers. Now and then nothing changes."""
     words = caption.split()
     if not words:
         return caption
-    place = rng.randrange(len(words))
-    kind = rng.choice(("repeat", "drop", "insert", "swap", "shuffle"))
+    kind = CORRUPTIONS[torch.randint(len(CORRUPTIONS), ())]
+    place, other = torch.randint(len(words), (2,)).tolist()
     if kind == "repeat":
         words.insert(place, words[place])
     elif kind == "drop":
         del words[place]
     elif kind == "insert":
-        words.insert(place, rng.choice(words))
+        words.insert(place, words[other])
     elif kind == "swap":
         words.insert(place + 1, words.pop(place))
     else:
-        rng.shuffle(words)
+        words = [words[n] for n in torch.randperm(len(words))]
     return " ".join(words)
 
 
@@ -470,29 +495,29 @@ class Grammar(Regularizer):
         self.clip = clip
 
     def logits(self, caption_embeddings: Tensor) -> Tensor:
-        """(C, D) -> (C,): log odds that the caption is whole."""
+        """(C, D) -> (C,): log odds that the caption is uncorrupted."""
         return self.network(caption_embeddings).squeeze(1)
 
     def score(self, rollout: Rollout, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
         """The score of every caption; the loss of Eq. 4, with corrupted captions as the zeros."""
         logits = self.logits(rollout.caption_embeddings)
         _, human, _ = logits.split(rollout.sizes)
-        rng = random.Random(torch.randint(2**31, ()).item())  # of torch's seed, so of this step
-        broken = [corrupt(caption, rng) for caption in batch.ground_truth]
+        broken = [corrupt(caption) for caption in batch.ground_truth]
         corrupted = self.logits(self.clip.embed_captions(broken))
-        right = torch.cat([corrupted < 0, human > 0]).float().mean()
-        record = {"grammar_accuracy": right.item()}
+        correct = torch.cat([corrupted < 0, human > 0]).float().mean()
+        record = {"grammar_accuracy": correct.item()}
         return logits.detach().sigmoid(), discriminator_loss(corrupted, human), record
 
 
 def make_regularizer(learner: Learner, references: Sequence[Sequence[str]]) -> Regularizer:
-    """The regularizer that the learner's method names. `references` are those of the data set."""
+    """The regularizer that the learner's method names, before reinforcement learning begins.
+    `references` are those of every picture of the data set."""
     kind = learner.method.regularizer
     width = learner.image_embeddings.shape[1]
     if kind == "discriminator":
         return Discriminator(width)
     if kind == "kl":
-        return KL(learner.captioner, learner.longest)
+        return KL(learner.captioner, learner.divisor)
     if kind == "cider":
         return Cider(references)
     if kind == "grammar":
@@ -503,10 +528,10 @@ def make_regularizer(learner: Learner, references: Sequence[Sequence[str]]) -> R
 # ---- 5  One step: encode, roll out, judge, learn -------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """B pictures to learn from, none of them twice."""
+    """B pictures to learn from, none twice: its own copy would be a rival in Eq. 6."""
 
     index: Tensor  # (B,): their rows in the data set
-    ground_truth: list[str]  # one human caption of each
+    ground_truth: list[str]  # B texts: of each picture one human caption, one of its references
     pixels: Tensor  # (B, 3, height, width): as the captioner wants them
 
 
@@ -529,9 +554,10 @@ class Rollout:
 class Learner:
     """A captioner and what teaches it. Both steps take a Batch and return a loss and what to log.
 
-    `max_length` is the most tokens that a caption may have. Before reinforcement learning begins,
-    `image_embeddings` must be those of the whole data set (N, D), where a batch looks its own up by
-    `index`; and `regularizer` what `make_regularizer` makes.
+    `max_length` is the most tokens that a caption may have, its end included, its start not. After
+    teacher forcing and before reinforcement learning, set `image_embeddings` to those of the whole
+    data set (N, D), where a batch finds its own by `index`; then `regularizer` to what
+    `make_regularizer` returns.
     """
 
     def __init__(self, captioner, clip, method: Method, max_length: int) -> None:
@@ -539,7 +565,7 @@ class Learner:
         self.clip = clip
         self.method = method
         self.max_length = max_length
-        self.longest = None if method.length_normalizer == "caption" else float(max_length)
+        self.divisor = None if method.length_normalizer == "caption" else float(max_length)
         self.image_embeddings: Tensor | None = None
         self.regularizer = Regularizer()
 
@@ -548,13 +574,12 @@ class Learner:
         features = self.captioner.encode(batch.pixels)
         tokens = self.captioner.tokenize(batch.ground_truth, self.max_length)
         log_probs, mask = self.captioner.log_probs(features, tokens)
-        return teacher_forcing_loss(caption_log_probs(log_probs, mask, self.longest)), {}
+        return teacher_forcing_loss(caption_log_probs(log_probs, mask, self.divisor)), {}
 
     def reinforce_step(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The loss of the captioner, Eq. 2 and 5, plus that of the regularizer's network.
 
-        One backward pass serves both: they have no parameter in common, and neither has a gradient
-        to give to the other.
+        One backward pass serves both: neither loss depends on the other's parameters.
         """
         features = self.captioner.encode(batch.pixels)  # (B, L, H), once for all that follows
         rollout = self.roll_out(features, batch)
@@ -573,7 +598,8 @@ class Learner:
 
         # The same as one block of tokens, as texts, and as embeddings.
         rows = [*sampled, *human, *greedy]
-        tokens = nn.utils.rnn.pad_sequence(rows, True, self.captioner.pad)  # (C, P + T)
+        pad = self.captioner.pad
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)  # (C, P + T)
         captions = [*self.captioner.decode(sampled), *batch.ground_truth]
         captions += self.captioner.decode(greedy)
         caption_embeddings = self.clip.embed_captions(captions)
@@ -585,9 +611,9 @@ class Learner:
         return Rollout(tokens, captions, image_index, caption_embeddings, image_embeddings, sizes)
 
     def judge(self, rollout: Rollout, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Rewards (Eq. 3), less a baseline: advantages (K*B + B,) of the sampled and the human
-        captions; the regularizer's loss; what to log. Nothing is scored here, so all the captions
-        of a step can be judged before the gradient of any is computed."""
+        """Rewards (Eq. 3) less a baseline: advantages (K*B + B,) of the sampled and the human
+        captions; the regularizer's loss; what to log. It needs no gradient of the captioner, so
+        that the pool may be larger than what fits into one forward pass."""
         similarity = self.similarity_rewards(rollout, batch)
         scores, regularizer_loss, record = self.regularizer.score(rollout, batch)
         rewards = mixed_reward(similarity, scores, self.method.alpha)  # (C,)
@@ -608,7 +634,7 @@ class Learner:
         method = self.method
         captions = rollout.caption_embeddings
         images = rollout.image_embeddings
-        own = images[rollout.image_index]  # (C, D): of each caption its image
+        own = images[rollout.image_index]  # (C, D): each caption's own image
         if method.baseline == "neighbours":
             near = nearest_images(self.image_embeddings, batch.index, method.neighbours)  # (B, M)
             near_embeddings = self.image_embeddings[near]  # (B, M, D)
@@ -634,22 +660,22 @@ class Learner:
             human = human - groups.mean(dim=1)
             groups = group_advantages(groups)
         elif self.method.baseline == "contrastive":
-            # Eq. 6 has its competitors inside. Centring is one more baseline, for the samples; the
-            # human caption's reward itself says by how much it beats its competitors.
+            # Eq. 6 has its competitors inside; the samples are centred on top. A human caption is
+            # not: the sign of its reward says whether it beats its competitors.
             groups = centred_advantages(groups)
         return torch.cat([groups.flatten(), human])
 
     def loss(self, features: Tensor, rollout: Rollout, advantages: Tensor) -> Tensor:
         """Eq. 2 on the sampled and Eq. 5 on the human captions: (B, L, H), (K*B + B,) -> ().
 
-        One forward pass scores both. Its gradient reaches all of the captioner, through `features`
-        the vision tower too; the greedy captions were competitors only, and are not scored.
+        One forward pass for both. Its gradient reaches all of the captioner, the vision tower by
+        way of `features`. The greedy captions were competitors only: nothing is learned from them.
         """
         sampled_count, human_count, _ = rollout.sizes
         scored = sampled_count + human_count
         seen = features[rollout.image_index[:scored]]  # (K*B + B, L, H)
         log_probs, mask = self.captioner.log_probs(seen, rollout.tokens[:scored])
-        log_probs = caption_log_probs(log_probs, mask, self.longest)  # (K*B + B,)
+        log_probs = caption_log_probs(log_probs, mask, self.divisor)  # (K*B + B,)
 
         sampled_loss = reinforce_loss(log_probs[:sampled_count], advantages[:sampled_count])
         human_loss = ground_truth_loss(log_probs[sampled_count:], advantages[sampled_count:])
@@ -659,12 +685,10 @@ class Learner:
 
 # ---- 6  Captioner: encode once, then sample, search and score from the same features -------------
 class Captioner(nn.Module):
-    """A captioner p(c|i) with its preprocessing. This class is BLIP; EncoderDecoder and GIT, below,
-    say what differs elsewhere.
+    """A captioner p(c|i) with its preprocessing: BLIP. EncoderDecoder and GIT say what differs.
 
     `tokens` are (C, P + T): the P of `start` (the start token and the prompt, which are saved with
-    the model, never scored and never shown), then the words, an end token, and padding.
-    """
+    the model, never scored and never shown), then the words, an end token, and padding."""
 
     default_prompt = "a picture of"  # what a BLIP that comes without a prompt learned to continue
 
@@ -672,12 +696,9 @@ class Captioner(nn.Module):
         from transformers import GenerationConfig
 
         super().__init__()
-        self.model = model
-        self.image_processor = image_processor
-        self.tokenizer = tokenizer
+        self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
         self.pixels = functools.partial(prepare_pixels, image_processor)
         start, self.end, self.pad = self.special_tokens()
-
         if prompt is None:
             prompt = getattr(model.config, "prompt", self.default_prompt)
         self.prompt = model.config.prompt = prompt
@@ -710,9 +731,7 @@ class Captioner(nn.Module):
     @staticmethod
     def load(name: str, device: str = "cpu", prompt: str | None = None) -> Captioner:
         """The captioner of a Hub name, a Hugging Face folder or a run folder: fp32, in eval mode.
-
-        Raises UserError in one line for what cannot be loaded.
-        """
+        Raises UserError in one line for what cannot be loaded."""
         weights = ("model*.safetensors", "pytorch_model*.bin")
         folder = local_folder(name, "captioner", "config.json", weights)
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
@@ -726,11 +745,9 @@ class Captioner(nn.Module):
             model, report = AutoModelForImageTextToText.from_pretrained(folder, **options)
             if missing := report["missing_keys"]:
                 raise ValueError(f"it lacks the weights {min(missing)}; is it complete?")
-            parts = (
-                AutoImageProcessor.from_pretrained(folder),
-                AutoTokenizer.from_pretrained(folder),
-            )
-        return FAMILIES[family](model, *parts, prompt).eval().to(device)
+            image_processor = AutoImageProcessor.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        return FAMILIES[family](model, image_processor, tokenizer, prompt).eval().to(device)
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder, which transformers loads without distcap."""
@@ -747,28 +764,21 @@ class Captioner(nn.Module):
         """Captions as tokens (B, P + T). One of more than `max_length` is cut and has no end."""
         texts = [f"{self.prompt} {caption}".strip() for caption in captions]
         words = self.tokenizer(texts, add_special_tokens=False).input_ids
-        rows = [[self.start[0], *row, self.end][: len(self.start) + max_length] for row in words]
-        rows = [torch.tensor(row) for row in rows]
-        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
-        return tokens.to(self.model.device)
+        most = len(self.start) + max_length
+        rows = [torch.tensor([self.start[0], *row, self.end][:most]) for row in words]
+        return nn.utils.rnn.pad_sequence(rows, True, self.pad).to(self.model.device)
 
     def decode(self, tokens: Tensor) -> list[str]:
         """Tokens (C, P + T) as texts, without the prompt, each a single line."""
-        words = tokens[:, len(self.start) :]
-        texts = self.tokenizer.batch_decode(
-            words, skip_special_tokens=True, clean_up_tokenization_spaces=True
-        )
+        options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        texts = self.tokenizer.batch_decode(tokens[:, len(self.start) :], **options)
         return [" ".join(text.split()) for text in texts]
 
-    def sample(
-        self, features: Tensor, max_length: int, count: int = 1,
-        temperature: float = 1.0, top_p: float = 1.0, **limits,
-    ) -> Tensor:  # fmt: skip
-        """Draw `count` captions of each image: (B, L, H) -> (K*B, P + T), an image's in a row.
-
-        From p(c|i) itself unless told otherwise: REINFORCE needs that, and generate's default of
-        the 50 likeliest tokens would break it. `limits` are generate's, as min_new_tokens.
-        """
+    def sample(self, features: Tensor, max_length: int, count: int = 1, temperature: float = 1.0,
+               top_p: float = 1.0, **limits) -> Tensor:  # fmt: skip
+        """Draw `count` captions of each image: (B, L, H) -> (K*B, P + T), an image's in a row. From
+        p(c|i) itself unless told otherwise: REINFORCE needs that, and generate's default of the 50
+        likeliest tokens would break it. `limits` are generate's, as min_new_tokens."""
         drawing = dict(do_sample=True, top_k=0, top_p=top_p, temperature=temperature)
         return self.generate(features, max_length, num_return_sequences=count, **drawing, **limits)
 
@@ -784,15 +794,13 @@ class Captioner(nn.Module):
     def generate(self, features: Tensor, max_length: int, **options) -> Tensor:
         """The one call of transformers' generate. At most `max_length` tokens follow the start."""
         start = torch.tensor([self.start] * len(features), device=self.model.device)  # (B, P)
-        inputs = self.inputs(features, start)
-        return self.writer.generate(**inputs, max_new_tokens=max_length, **options)
+        options |= self.inputs(features, start)
+        return self.writer.generate(**options, max_new_tokens=max_length)
 
     def log_probs(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """log p of each token after the start, given those before it, in nats; and the mask.
-
+        """log p of each token after the start, given those before it, in nats; and the mask:
         (C, L, H), (C, P + T) -> (C, T), (C, T). Differentiable down to the pixels. What stands
-        where the mask is 0 means nothing.
-        """
+        where the mask is 0 means nothing."""
         words = tokens[:, len(self.start) :]  # (C, T)
         logits = self.writer(**self.inputs(features, tokens[:, :-1])).logits
         logits = logits[:, -words.shape[1] :]  # (C, T, V): each predicts the token after it
@@ -801,9 +809,7 @@ class Captioner(nn.Module):
 
     def mask(self, tokens: Tensor) -> Tensor:
         """1.0 for the tokens up to the first end and for that end, 0.0 after: (C, P + T) -> (C, T).
-
-        Not simply "where it is not padding": GPT-2 pads with its end token.
-        """
+        Not simply "where it is not padding": GPT-2 pads with its end token."""
         ends = (tokens[:, len(self.start) :] == self.end).long()
         ends_before = ends.cumsum(dim=1) - ends
         return (ends_before == 0).float()
@@ -864,10 +870,8 @@ FAMILIES = {"blip": Captioner, "vision-encoder-decoder": EncoderDecoder, "git": 
 
 
 def prepare_pixels(image_processor, pictures: Sequence[Image.Image]) -> Tensor:
-    """RGB pictures, resized and normalised as a checkpoint wants them: (B, 3, height, width).
-
-    No method of Captioner, so that a worker process can be given it without the model.
-    """
+    """RGB pictures, resized and normalized as a checkpoint wants them: (B, 3, height, width).
+    No method of Captioner, so that a worker process can be given it without the model."""
     return image_processor(list(pictures), return_tensors="pt").pixel_values
 
 
@@ -879,8 +883,8 @@ def local_folder(name: str, inside: str, wanted: str, kinds: Sequence[str]) -> P
             return folder
     if Path(name).exists():
         raise UserError(f"{name}: not a checkpoint: no {wanted} and no {inside}/{wanted} in it")
-    remedy = "; give a folder, such as runs/toy"
-    with explain(f"{name}: not a folder, nor to be had from the Hugging Face Hub", remedy):
+    what = f"{name}: not a folder, nor to be had from the Hugging Face Hub"
+    with explain(what, "; give a folder, such as runs/toy"):
         return download(name, kinds)
 
 
@@ -896,13 +900,9 @@ def download(name: str, kinds: Sequence[str]) -> Path:
         kinds = [kind for kind in kinds if any(Path(file).match(kind) for file in files)][:1]
     except Exception as error:  # whatever it is, the cache may hold the files
         unreachable = error
-    options = {
-        "ignore_patterns": ["*/*"],  # a pattern's * matches slashes too
-        "tqdm_class": functools.partial(
-            tqdm, disable=None, leave=False
-        ),  # a bar on a terminal only
-        "local_files_only": bool(unreachable),
-    }
+    bar = functools.partial(tqdm, disable=None, leave=False)  # on a terminal only
+    options = dict(tqdm_class=bar, local_files_only=bool(unreachable))
+    options["ignore_patterns"] = ["*/*"]  # a pattern's * matches slashes too
     for kind in kinds:
         patterns = ["*.json", "*.txt", "*.model", kind]
         try:
@@ -920,41 +920,34 @@ class CLIP:
 
     def __init__(self, model: nn.Module, preprocess, tokenizer, device: str = "cpu") -> None:
         self.model = model.eval().to(device)  # open_clip returns it in training mode
-        self.device = device
-        self.tokenizer = tokenizer
+        self.tokenizer, self.device = tokenizer, device
         self.pixels = functools.partial(stack_pixels, preprocess)
         self.logit_scale = model.logit_scale.exp().item()  # s of Eq. 6
 
     @classmethod
     def load(cls, name: str, device: str = "cpu") -> CLIP:
         """The CLIP of an open_clip NAME/TAG, hf-hub:NAME, a folder, or a run folder.
-
-        Raises UserError in one line for what cannot be loaded.
-        """
-        import open_clip
+        Raises UserError in one line for what cannot be loaded."""
+        from open_clip import create_model_from_pretrained, get_pretrained_cfg, get_tokenizer
 
         kinds = ("open_clip_*.safetensors", "open_clip_pytorch_model*.bin")
         inside = ("clip", "open_clip_config.json", kinds)
         weights, options = None, {}
         if Path(name).exists() or name.startswith("hf-hub:"):
-            folder = local_folder(name.removeprefix("hf-hub:"), *inside)
-            architecture = f"local-dir:{folder}"
+            architecture = f"local-dir:{local_folder(name.removeprefix('hf-hub:'), *inside)}"
         else:
             architecture, _, weights = name.rpartition("/")
-            known = open_clip.get_pretrained_cfg(architecture, weights)
-            # Weights trained with QuickGELU embed wrongly without it, and open_clip only warns.
-            options["force_quick_gelu"] = known.get("quick_gelu", False)
+            known = get_pretrained_cfg(architecture, weights)
             for setting in ("mean", "std", "interpolation", "resize_mode"):
                 options[f"image_{setting}"] = known.get(setting)
+            # Weights trained with QuickGELU embed wrongly without it, and open_clip only warns.
+            options["force_quick_gelu"] = known.get("quick_gelu", False)
             if repository := os.path.dirname(known.get("hf_hub", "")):
-                folder = local_folder(repository, *inside)
-                weights = str(
-                    min(folder.glob("open_clip_*model.*"))
-                )  # safetensors if there are any
+                files = local_folder(repository, *inside).glob("open_clip_*model.*")
+                weights = str(min(files))  # safetensors if there are any
         with explain(f"{name}: cannot load this CLIP", "; give --clip NAME/TAG or a folder"):
-            create = open_clip.create_model_from_pretrained
-            model, preprocess = create(architecture, weights, **options)
-            return cls(model, preprocess, open_clip.get_tokenizer(architecture), device)
+            model, preprocess = create_model_from_pretrained(architecture, weights, **options)
+            return cls(model, preprocess, get_tokenizer(architecture), device)
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -973,12 +966,9 @@ class CLIP:
     @torch.no_grad()
     def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:
         """Captions as unit rows (C, D). Equal captions are embedded once, so that they tie."""
-        distinct = list(dict.fromkeys(captions))
-        rows = []
-        for texts in batched(distinct, batch_size):
-            tokens = self.tokenizer(texts).to(self.device)
-            rows.append(self.model.encode_text(tokens, normalize=True))
-        row_of = {caption: row for row, caption in enumerate(distinct)}
+        row_of = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+        tokens = [self.tokenizer(texts) for texts in batched(list(row_of), batch_size)]
+        rows = [self.model.encode_text(each.to(self.device), normalize=True) for each in tokens]
         return torch.cat(rows)[[row_of[caption] for caption in captions]]
 
 
@@ -1002,82 +992,66 @@ SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", "
 
 
 def load_image(image: Path | Image.Image) -> Image.Image:
-    """Any picture as upright RGB. Raises UserError for what cannot be read.
-
-    EXIF rotation is applied, transparency becomes white, 16 bits are scaled to 8, and of a film the
-    first frame is taken.
-    """
+    """Any picture as upright RGB: EXIF rotation is applied, transparency becomes white, 16 bits are
+    scaled to 8, of a film the first frame is taken. Raises UserError for what cannot be read."""
     with explain(f"{image}: cannot be read"):
         if isinstance(image, Path) and not image.is_file():
             raise OSError("no such file")  # a pipe or a device would be waited for
         picture = Image.open(image) if isinstance(image, Path) else image
         picture.load()  # a truncated file fails here, not later
         picture = ImageOps.exif_transpose(picture)
-        if picture.mode[0] in "IF":
-            picture = scale_to_8_bits(picture)
+        if picture.mode[0] in "IF":  # 16 or 32 bits or floats: convert would clip them to white
+            values = picture.convert("F")
+            high = 65535 if picture.mode.startswith("I;16") else values.getextrema()[1]
+            white = next((most for most in (1, 255) if high <= most), 65535)
+            picture = values.point(lambda value: value * (255 / white) + 0.5).convert("L")
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture)
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert("RGB")
-
-
-def scale_to_8_bits(picture: Image.Image) -> Image.Image:
-    """A grey picture of 16 or 32 bits or of floats: convert("RGB") would clip it all to white."""
-    values = picture.convert("F")
-    high = 65535 if picture.mode.startswith("I;16") else values.getextrema()[1]
-    white = 65535 if high > 255 else 255 if high > 1 else 1  # the least that holds them all
-    return values.point(lambda value: value * (255 / white) + 0.5).convert("L")
 
 
 def find_images(paths: Iterable[str], recursive: bool = True) -> list[Path]:
     """The pictures named, and those in the folders named, each once, in order; hidden ones only if
     they are named. Raises UserError for a path that is not there, and for no picture at all."""
     found: dict[Path, None] = {}  # a dict keeps the order
+
+    def keep(error: OSError) -> None:  # a file, or a folder that must not be read: fails later
+        found[Path(error.filename)] = None
+
     for path in map(Path, paths):
         if not os.path.lexists(path):
             raise UserError(f"{path}: no such file or folder")
-
-        def keep(error: OSError) -> None:  # a file, or a folder that must not be read: fails later
-            found[Path(error.filename)] = None
-
         # Links to folders are not followed: they may go in circles.
         for folder, folders, names in os.walk(path, onerror=keep):
             folders[:] = sorted(name for name in folders if recursive and name[0] != ".")
-            for name in sorted(names):
-                if name.lower().endswith(SUFFIXES) and name[0] != ".":
-                    found[Path(folder, name)] = None
+            names = [name for name in sorted(names) if name.lower().endswith(SUFFIXES)]
+            found |= {Path(folder, name): None for name in names if name[0] != "."}
     if not found:
-        looked_for = f"(looked for {' '.join(SUFFIXES)})"
-        raise UserError(f"{', '.join(paths) or '-'}: no pictures in this folder {looked_for}")
+        nothing = f"no pictures in this folder (looked for {' '.join(SUFFIXES)})"
+        raise UserError(f"{', '.join(paths) or '-'}: {nothing}")
     return list(found)
 
 
 def read_rows(path: Path) -> dict[str, dict]:
-    """{file_name: row} of a metadata.jsonl. A row's `caption` is the list of all its captions.
-
-    A caption may be a text or a list of texts; several rows of one picture are read as one. Raises
-    UserError with the number of the line that is wrong.
-    """
+    """{file_name: row} of a metadata.jsonl. A row's `caption`, in the file a text or a list, is the
+    list of all the picture's captions: its rows are read as one. Raises UserError with the number
+    of the line that is wrong."""
     rows: dict[str, dict] = {}
-    text = path.read_text(encoding="utf-8", errors="surrogateescape")
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
-        with explain(f"{path}:{number}: not JSON with file_name and caption"):
-            row = json.loads(line)
+        with explain(f"{path}:{number}: not JSON in UTF-8 with file_name and caption"):
+            row = json.loads(line.decode("utf-8-sig"))
             name, captions = row["file_name"], row["caption"]
             captions = [captions] if isinstance(captions, str) else captions
-            if not captions or not all(is_text(each) for each in (name, *captions)):
+            filled = [isinstance(each, str) and each.strip() for each in (name, *captions)]
+            if not isinstance(captions, list) or not captions or not all(filled):
                 raise ValueError("caption must be a text or a list of texts, none empty")
-        earlier = rows[name]["caption"] if name in rows else []
-        rows[name] = rows.get(name, {}) | row | {"caption": [*earlier, *captions]}
+            "".join(captions).encode("utf-8")  # half a character is an error here, not in training
+        earlier = rows.get(name, {"caption": []})
+        rows[name] = earlier | row | {"caption": earlier["caption"] + captions}
     return rows
-
-
-def is_text(value) -> bool:
-    """Whether something read from JSON is a text that holds more than space."""
-    return isinstance(value, str) and bool(value.strip())
 
 
 def write_rows(path: Path, rows: dict[str, dict]) -> None:
@@ -1096,18 +1070,20 @@ def write_text(path: Path, text: str) -> None:
 def read_examples(folder: str) -> list[Example]:
     """Read a folder of pictures with a metadata.jsonl. Raises UserError for what is wrong in it."""
     table = Path(folder) / "metadata.jsonl"
-    rows = read_rows(table) if table.is_file() else {}
-    examples = []
-    for name, row in rows.items():
+    examples: dict[Path, Example] = {}  # a picture under two names is one picture
+    for name, row in (read_rows(table) if table.is_file() else {}).items():
         image = table.parent / name
         if not image.is_file():
             raise UserError(f"{table}: no such picture: {image}")
-        scene = parse(str(row.get("scene")))
-        examples.append(Example(name, image, tuple(row["caption"]), scene))
+        example = Example(name, image, tuple(row["caption"]), parse(str(row.get("scene"))))
+        known = examples.setdefault(image.resolve(), example)
+        if known is not example:
+            both = known.references + example.references
+            examples[image.resolve()] = dataclasses.replace(known, references=both)
     if not examples:
         advice = "DATA must be a folder with pictures and a metadata.jsonl"
         raise UserError(f"{table}: no examples there; {advice}")
-    return examples
+    return list(examples.values())
 
 
 def write_examples(folder: Path, examples: Sequence[Example]) -> list[Example]:
@@ -1124,16 +1100,13 @@ def write_examples(folder: Path, examples: Sequence[Example]) -> list[Example]:
 
 def batched(items: Sequence, size: int) -> Iterator[Sequence]:
     """Slices of `size` items, the last one perhaps shorter."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def schedule(examples: Sequence[Example], size: int, steps: int, seed: int) -> list[list]:
     """For each step a batch of pairs: row of an example, and which of its references to learn from.
-
     Drawn anew each time, never the same example twice in a batch: it would be its own rival in
-    Eq. 6. A longer schedule begins like a shorter one.
-    """
+    Eq. 6. A longer schedule begins like a shorter one."""
     rng = random.Random(seed)
     batches = []
     for _ in range(steps):
@@ -1144,13 +1117,10 @@ def schedule(examples: Sequence[Example], size: int, steps: int, seed: int) -> l
 
 class CaptionDataset(torch.utils.data.Dataset):
     """Examples to learn from. Item [(row, which), ...] is a whole Batch, ready for the captioner.
-
-    Pictures that are in memory already, as those of the toy world, are prepared once for all.
-    """
+    Pictures that are in memory already, as those of the toy world, are prepared once for all."""
 
     def __init__(self, examples: Sequence[Example], prepare: Callable) -> None:
-        self.examples = examples
-        self.prepare = prepare  # pictures -> (B, 3, height, width)
+        self.examples, self.prepare = examples, prepare  # pictures -> (B, 3, height, width)
         self.prepared = None
         images = [example.image for example in examples]
         if all(isinstance(image, Image.Image) for image in images):
@@ -1159,14 +1129,13 @@ class CaptionDataset(torch.utils.data.Dataset):
     def __getitem__(self, pairs: Sequence[tuple[int, int]]) -> Batch | UserError:
         rows = [row for row, _ in pairs]
         ground_truth = [self.examples[row].references[which] for row, which in pairs]
+        if self.prepared is not None:
+            return Batch(torch.tensor(rows), ground_truth, self.prepared[rows])
         try:
-            if self.prepared is None:
-                pixels = self.prepare([load_image(self.examples[row].image) for row in rows])
-            else:
-                pixels = self.prepared[rows]
+            pictures = [load_image(self.examples[row].image) for row in rows]
         except UserError as error:  # returned, since a worker process would wrap what it raises
             return error
-        return Batch(torch.tensor(rows), ground_truth, pixels)
+        return Batch(torch.tensor(rows), ground_truth, self.prepare(pictures))
 
 
 class PictureBatch(NamedTuple):
@@ -1177,20 +1146,16 @@ class PictureBatch(NamedTuple):
 
     def raise_failure(self) -> None:
         """Raise the first failure, if there is one."""
-        for failure in self.failures:
-            if failure:
-                raise failure
+        for failure in filter(None, self.failures):
+            raise failure
 
 
 class PictureBatches(torch.utils.data.Dataset):
     """Pictures to look at. Item n is the n-th batch of them, a PictureBatch.
-
-    `prepare` lists the ways to make pixels of pictures: the captioner's, CLIP's, or both.
-    """
+    `prepare` lists the ways to make pixels of pictures: the captioner's, CLIP's, or both."""
 
     def __init__(self, images: Sequence, prepare: Sequence[Callable], batch_size: int) -> None:
-        self.batches = list(batched(images, batch_size))
-        self.prepare = prepare
+        self.batches, self.prepare = list(batched(images, batch_size)), prepare
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -1209,37 +1174,23 @@ class PictureBatches(torch.utils.data.Dataset):
 
 def read_ahead(dataset: torch.utils.data.Dataset, order: Sequence, workers: int) -> Iterator:
     """The items of a dataset in this order, made by worker processes while the model works."""
-    workers = min(workers, len(order) - 1)  # a process for a single batch does not pay
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_size=None, sampler=order, num_workers=max(workers, 0)
-    )
-    for item in loader:
+    workers = max(min(workers, len(order) - 1), 0)  # a process for a single batch does not pay
+    loader = torch.utils.data.DataLoader
+    for item in loader(dataset, batch_size=None, sampler=order, num_workers=workers):
         if isinstance(item, UserError):
             raise item
         yield item
 
 
 # ---- 9  Training ---------------------------------------------------------------------------------
-def fit(
-    stage: str,
-    model: nn.Module,
-    step: Callable,
-    batches: Iterable,
-    steps: int,
-    learning_rate: float,
-    config: TrainConfig,
-    log,
-    network: nn.Module | None = None,
-) -> None:
+def fit(stage: str, model: nn.Module, step: Callable, batches: Iterable, steps: int,
+        learning_rate: float, config: TrainConfig, log, network=None) -> None:  # fmt: skip
     """The loop of every stage: a batch, a loss, a gradient, an update if all of it is finite.
-
     `step` takes a batch and returns the loss and what to log. `model` learns by AdamW with a
-    one-cycle learning rate; a regularizer's `network`, if any, beside it, by AdamW at a rate of its
-    own. Raises UserError when ten steps in a row were not finite.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, max(steps, 2))
-    optimizers = [optimizer]
+    one-cycle learning rate; a regularizer's `network`, if any, by AdamW at a rate of its own.
+    Raises UserError when ten steps in a row were not finite."""
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], learning_rate, max(steps, 2))
     learned = list(network.parameters()) if network else []
     if learned:
         optimizers.append(torch.optim.AdamW(learned, lr=config.discriminator_learning_rate))
@@ -1253,24 +1204,22 @@ def fit(
         loss, record = step(batch)
 
         # Gradients.
-        for each in optimizers:
-            each.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
-        gradients = [each.grad for each in learned]
+        gradients = [each.grad for each in learned if each.grad is not None]
         network_norm = nn.utils.get_total_norm(gradients)
 
         # Update, all or nothing.
         values = [loss.item(), norm.item(), network_norm.item(), *record.values()]
-        if all(math.isfinite(value) for value in values):
-            failures = 0
-            for each in optimizers:
-                each.step()
-        else:
-            failures += 1
+        finite = all(math.isfinite(value) for value in values)
+        for optimizer in optimizers if finite else ():
+            optimizer.step()
+        failures = 0 if finite else failures + 1
         if failures == 10:
-            what = f"{stage}: ten steps in a row were not finite"
-            raise UserError(f"{what}; try a lower --learning-rate")
+            advice = "try a lower --learning-rate"
+            raise UserError(f"{stage}: ten steps in a row were not finite; {advice}")
         cycle.step()
 
         write_record(log, {"stage": stage, "step": number, "loss": loss.item(), **record})
@@ -1297,11 +1246,9 @@ def split(config: TrainConfig) -> tuple[list[Example], list[Example]]:
 
 # ---- 10  Evaluation ------------------------------------------------------------------------------
 def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
-    """Rank, from 1, of target n for query n: (N, D), (N, D) -> (N,). Never makes (N, N) of it.
-
-    Ties are lost: who says one thing of every picture finds none. Raises UserError for embeddings
-    that are not finite, which would rank first.
-    """
+    """Rank, from 1, of target n for query n: (N, D), (N, D) -> (N,). Never makes (N, N) of it. Ties
+    are lost: who says one thing of every picture finds none. Raises UserError for embeddings that
+    are not finite, which would rank first."""
     if not (queries.isfinite().all() and targets.isfinite().all()):
         raise UserError("CLIP's embeddings are not finite and cannot be ranked; try another --clip")
     ranks = []
@@ -1312,63 +1259,52 @@ def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 256) -> Tenso
     return torch.cat(ranks)
 
 
-def recall(direction: str, queries: Tensor, targets: Tensor) -> dict[str, float]:
-    """Recall at 1, 5 and 10 and the median rank: of each query (N, D), among all targets (N, D)."""
-    ranks = retrieval_ranks(queries, targets)
-    measures = {f"{direction}_R@{k}": (ranks <= k).float().mean().item() for k in (1, 5, 10)}
-    return measures | {f"{direction}_median_rank": ranks.median().item()}
-
-
 def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor) -> dict[str, float]:
-    """Recall both ways, over all the images given: (N, D), (N, D)."""
-    there = recall("text_to_image", caption_embeddings, image_embeddings)
-    return there | recall("image_to_text", image_embeddings, caption_embeddings)
+    """Recall at 1, 5 and 10 and the median rank, both ways, among all given: (N, D), (N, D)."""
+    text_to_image = retrieval_ranks(caption_embeddings, image_embeddings)
+    image_to_text = retrieval_ranks(image_embeddings, caption_embeddings)
+    measures = {}
+    for way, ranks in [("text_to_image", text_to_image), ("image_to_text", image_to_text)]:
+        measures |= {f"{way}_R@{k}": (ranks <= k).float().mean().item() for k in (1, 5, 10)}
+        measures[f"{way}_median_rank"] = ranks.median().item()
+    return measures
 
 
 def ngram_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """BLEU-4, ROUGE-L and CIDEr by pycocoevalcap, on `plain_words`."""
     from pycocoevalcap.eval import Bleu, Cider, Rouge
 
-    written, human = {}, {}
-    for number, (caption, texts) in enumerate(zip(captions, references)):
-        written[number] = [plain_words(caption)]
-        human[number] = [plain_words(text) for text in texts]
+    written = {row: [plain_words(caption)] for row, caption in enumerate(captions)}
+    human = {row: list(map(plain_words, texts)) for row, texts in enumerate(references)}
+    any_words = any(any(texts) for texts in human.values())  # without, CIDEr is an error
     return {
         "bleu_4": float(Bleu(4).compute_score(human, written, verbose=0)[0][3]),
         "rouge_l": float(Rouge().compute_score(human, written)[0]),
-        "cider": float(Cider().compute_score(human, written)[0]),
+        "cider": float(Cider().compute_score(human, written)[0]) if any_words else 0.0,
     }
 
 
-def evaluate(
-    captions: Sequence[str], examples: Sequence[Example], image_embeddings: Tensor, clip: CLIP
-) -> dict[str, float]:
+def evaluate(captions: Sequence[str], examples: Sequence[Example], image_embeddings: Tensor,
+             clip: CLIP) -> dict[str, float]:  # fmt: skip
     """All the measures of captions[n] for examples[n], whose image's embedding is row n: (N, D)."""
     measures = retrieval(clip.embed_captions(captions), image_embeddings)
     measures |= ngram_metrics(captions, [example.references for example in examples])
     measures["mean_length"] = statistics.fmean(len(caption.split()) for caption in captions)
     measures["distinct"] = len(set(captions)) / len(captions)
     scenes = [example.scene for example in examples]
-    if all(scenes):
-        measures |= toy_measures(captions, scenes)
-    return measures
-
-
-SHARES = ("well_formed", "faithful", "distinct")  # printed in percent, as all R@k are
+    return measures | (toy_measures(captions, scenes) if all(scenes) else {})
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
-    """Measures as lines of text, with a column for each mapping."""
-    names = next(iter(columns.values()))
+    """Measures as lines of text, with a column for each mapping; shares are in percent."""
+    shares = ("well_formed", "faithful", "distinct")
     lines = [" " * 26 + "".join(f" {heading:>10}" for heading in columns)]
-    for name in names:
-        form = "{:.3f}"
-        if "R@" in name or name in SHARES:
-            form = "{:.1%}"
-        elif "rank" in name:
-            form = "{:,.0f}"
-        cells = [form.format(measures[name]) for measures in columns.values()]
-        lines.append(f"{name:26}" + "".join(f" {cell:>10}" for cell in cells))
+    for name in next(iter(columns.values())):
+        form = "10,.0f" if "rank" in name else "10.3f"
+        if "R@" in name or name in shares:
+            form = "10.1%"
+        cells = [f" {measures[name]:{form}}" for measures in columns.values()]
+        lines.append(f"{name:26}" + "".join(cells))
     return "\n".join(lines)
 
 
@@ -1402,10 +1338,9 @@ CORNERS = {  # in units of the radius, y downwards
     "star": ((0, -1), (0.3, -0.3), (1, 0), (0.3, 0.3), (0, 1), (-0.3, 0.3), (-1, 0), (-0.3, -0.3)),
     "bar": ((-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4)),
 }
-COLOURS = {
-    "red": "#e02020", "green": "#20a020", "blue": "#2040e0", "yellow": "#f0e000",
-    "purple": "#8020a0", "pink": "#ff80c0", "brown": "#804010", "cyan": "#20d0e0",
-}  # fmt: skip
+COLOURS = {"red": "#e02020", "green": "#20a020", "blue": "#2040e0",
+           "yellow": "#f0e000", "purple": "#8020a0", "pink": "#ff80c0",
+           "brown": "#804010", "cyan": "#20d0e0"}  # fmt: skip
 BACKGROUNDS = {"white": "#ffffff", "black": "#000000", "gray": "#808080", "beige": "#e8d8b0"}
 RELATIONS = ("to the left of", "above")
 FUNCTION_WORDS = "a two shapes and on background to the left of above".split()
@@ -1429,54 +1364,44 @@ def is_true(said: Scene | None, seen: Scene) -> bool:
     """Whether what a caption says is well-formed, and nothing of it false of the scene."""
     if said is None:
         return False
+    orders = [seen]
     if said.relation == "and":
         said = said._replace(relation=None)
-        return fits(said, seen) or fits(said, seen.swapped())
-    return fits(said, seen)
+        orders.append(seen.swapped())
+    return any(all(word in (None, true) for word, true in zip(said, order)) for order in orders)
 
 
-def fits(said: Scene, seen: Scene) -> bool:
-    """Whether each word of `said` is that of `seen`, or left open."""
-    return all(word is None or word == true for word, true in zip(said, seen))
-
-
-def write_references(
-    scene: Scene, rng: random.Random, count: int = 5, generic: float = 0.7
-) -> tuple[str, ...]:
+def write_references(scene: Scene, rng: random.Random, count: int = 5,
+                     generic: float = 0.7) -> tuple[str, ...]:  # fmt: skip
     """What people might write of a scene: something generic, else all of it."""
     coloured = f"a {scene.colour} {scene.shape} and a {scene.other_colour} {scene.other_shape}"
     shapes = f"a {scene.shape} and a {scene.other_shape}"
     ground = f"two shapes on a {scene.background} background"
     texts = []
     for _ in range(count):
-        if rng.random() < generic:
-            texts.append(rng.choice((coloured, coloured, shapes, ground)))
-        else:
-            texts.append(str(scene))
+        vague = rng.random() < generic
+        texts.append(rng.choice((coloured, coloured, shapes, ground)) if vague else str(scene))
     return tuple(texts)
 
 
 def draw(scene: Scene, rng: random.Random, pixels: int = 32) -> Image.Image:
     """The scene as a picture. Each shape's place varies by a pixel."""
     scale = 4  # drawn four times too large, then shrunk, so that edges are smooth
-    size = (scale * pixels, scale * pixels)
-    picture = Image.new("RGB", size, BACKGROUNDS[scene.background])
+    picture = Image.new("RGB", (scale * pixels, scale * pixels), BACKGROUNDS[scene.background])
     canvas = ImageDraw.Draw(picture)
-    shapes = (scene[:3], scene[4:7])
-    for centre, (size, colour, shape) in zip((8, 24), shapes):
+    for centre, (size, colour, shape) in zip((8, 24), (scene[:3], scene[4:7])):
         x = scale * (centre + rng.uniform(-0.5, 0.5))
         y = scale * (16 + rng.uniform(-1, 1))
         if scene.relation == "above":
             x, y = y, x
         radius = scale * SIZES[size]
-        ink = COLOURS[colour]
         if shape in CORNERS:
             corners = [(x + radius * across, y + radius * down) for across, down in CORNERS[shape]]
-            canvas.polygon(corners, fill=ink)
+            canvas.polygon(corners, fill=COLOURS[colour])
         else:  # a ring is a circle without its inside
             line = round(radius if shape == "circle" else 0.45 * radius)
             box = (x - radius, y - radius, x + radius, y + radius)
-            canvas.ellipse(box, outline=ink, width=line)
+            canvas.ellipse(box, outline=COLOURS[colour], width=line)
     return picture.resize((pixels, pixels), Image.Resampling.BOX)
 
 
@@ -1484,39 +1409,29 @@ def toy_world(seed: int, train_size: int, test_size: int) -> tuple[list[Example]
     """Training and test examples of the toy world. No scene occurs twice."""
     rng = random.Random(seed)
     nouns = [(size, colour, shape) for size in SIZES for colour in COLOURS for shape in SHAPES]
-    scenes = [
-        Scene(*first, relation, *second, background)
-        for first in nouns for second in nouns
-        for relation in RELATIONS for background in BACKGROUNDS
-    ]  # fmt: skip
-    count = train_size + test_size
-    if count > len(scenes):
+    scenes = [Scene(*first, relation, *second, ground) for first in nouns for second in nouns
+              for relation in RELATIONS for ground in BACKGROUNDS]  # fmt: skip
+    if train_size + test_size > len(scenes):
         holds = f"the toy world has {len(scenes)} scenes, test included"
         raise UserError(f"--train-size {train_size}: {holds}")
     examples = []
-    for number, scene in enumerate(rng.sample(scenes, count)):
+    for number, scene in enumerate(rng.sample(scenes, train_size + test_size)):
         picture = draw(scene, rng)
-        references = write_references(scene, rng)
-        examples.append(Example(f"{number:05d}", picture, references, scene))
+        examples.append(Example(f"{number:05d}", picture, write_references(scene, rng), scene))
     return examples[:train_size], examples[train_size:]
 
 
 def toy_measures(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:
-    """What only a known world can tell, exactly.
-
-    well_formed: the caption is a sentence of the world. faithful: it is true of its scene.
-    oracle_R@1: how often an ideal reader would pick the right scene, that is 1 / number of scenes
-    that the caption is true of, or 0 if it is not true of its own.
-    """
+    """What only a known world can tell, exactly. well_formed: the caption is a sentence of the
+    world. faithful: it is true of its scene. oracle_R@1: how often an ideal reader would pick the
+    right scene: 1 / number of scenes that it is true of, or 0 if it is not true of its own."""
     said = [parse(caption) for caption in captions]
     faithful = [is_true(each, scene) for each, scene in zip(said, scenes)]
     matches = {each: sum(is_true(each, scene) for scene in scenes) for each in set(said)}
     found = [true / max(matches[each], 1) for true, each in zip(faithful, said)]
-    return {
-        "well_formed": statistics.fmean(each is not None for each in said),
-        "faithful": statistics.fmean(faithful),
-        "oracle_R@1": statistics.fmean(found),
-    }
+    well_formed = [each is not None for each in said]
+    measures = {"well_formed": well_formed, "faithful": faithful, "oracle_R@1": found}
+    return {name: statistics.fmean(values) for name, values in measures.items()}
 
 
 def toy_tokenizer():
@@ -1534,29 +1449,24 @@ def toy_captioner(seed: int) -> Captioner:
 
     torch.manual_seed(seed)
     tokenizer = toy_tokenizer()
+    end = tokenizer.sep_token_id
     size = dict(hidden_size=96, intermediate_size=384, num_attention_heads=3)
     # About 1 / sqrt(width). BLIP's own default for the vision tower, 1e-10, supposes that weights
     # are loaded: from scratch, it would stay blind.
     size["initializer_range"] = 0.1
     vision = dict(size, num_hidden_layers=2, image_size=32, patch_size=8)
-    text = dict(
-        size, num_hidden_layers=1, encoder_hidden_size=96, max_position_embeddings=32,
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.sep_token_id, sep_token_id=tokenizer.sep_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    text = dict(size, num_hidden_layers=1, encoder_hidden_size=96, max_position_embeddings=32)
+    text |= dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=end)
+    text |= dict(sep_token_id=end, pad_token_id=tokenizer.pad_token_id)
     model = BlipForConditionalGeneration(BlipConfig(vision_config=vision, text_config=text))
     image_processor = BlipImageProcessor(size=dict(height=32, width=32))
     return Captioner(model, image_processor, tokenizer, prompt="")
 
 
-def toy_clip(
-    folder: Path, examples: Sequence[Example], config: TrainConfig, log, width: int = 96
-) -> CLIP:
+def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, log,
+             width: int = 96) -> CLIP:  # fmt: skip
     """Train an open_clip model of 0.5 million parameters on pictures and alt texts, and save it.
-
-    Its loss is CLIP's own; its texts say more than the references do (20 % are generic).
-    """
+    Its loss is CLIP's own; its texts say more than the references do (20 % are generic)."""
     import open_clip
     from safetensors.torch import save_model
 
@@ -1572,30 +1482,26 @@ def toy_clip(
     torch.manual_seed(config.seed)
     model = open_clip.CLIP(**shape).to(config.device)
     tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
-    contrastive_loss = open_clip.ClipLoss()
     preprocess = open_clip.image_transform(32, is_train=False)
     pixels = stack_pixels(preprocess, [example.image for example in examples]).to(config.device)
     rng = random.Random(config.seed)
 
     def step(pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, dict[str, float]]:
         rows = [row for row, _ in pairs]
-        scenes = [examples[row].scene for row in rows]
-        texts = [write_references(scene, rng, 1, generic=0.2)[0] for scene in scenes]
-        return contrastive_loss(*model(pixels[rows], tokenize(texts).to(config.device))), {}
+        texts = [write_references(examples[row].scene, rng, 1, generic=0.2)[0] for row in rows]
+        return open_clip.ClipLoss()(*model(pixels[rows], tokenize(texts).to(config.device))), {}
 
-    batch_size = min(128, len(examples))
-    batches = schedule(examples, batch_size, config.clip_steps, config.seed)
+    batches = schedule(examples, min(128, len(examples)), config.clip_steps, config.seed)
     fit("clip", model, step, batches, len(batches), 2e-3, config, log)
     save_model(model, str(folder / "open_clip_model.safetensors"))
     return CLIP.load(str(folder), config.device)
 
 
 # ---- 12  Command line ----------------------------------------------------------------------------
+# fmt: off
 @dataclasses.dataclass(frozen=True)
 class Decoding:
     """Models and captions: what every verb needs."""
-
-    # fmt: off
     captioner: str | None = flag("Salesforce/blip-image-captioning-base",
                                  "Hub name, Hugging Face folder or run folder")
     clip: str | None = flag(None, "open_clip NAME/TAG, hf-hub:NAME, folder or run folder; "
@@ -1608,70 +1514,61 @@ class Decoding:
     workers: int = flag(2, "processes that read pictures while the model works", number(0))
     seed: int = flag(0, "seed of everything random", number(0, 2**32 - 1))
     device: str = flag("auto", "cpu, cuda, cuda:1, mps, or auto")
-    # fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Decoding, Method):
     """Train a captioner, and print what changed on pictures that were held out."""
-
-    # fmt: off
     data: str = flag("toy", "toy, the built-in world, or a folder with metadata.jsonl", nargs="?")
-    recipe: str = flag("distinctive", "a published method by name; other flags override it",
-                       tuple(RECIPES))
+    recipe: str = flag("distinctive", f"a published method; other flags override it; one of "
+                       f"{', '.join(RECIPES)}", tuple(RECIPES), metavar="NAME")
     out: str | None = flag(None, "run folder; otherwise runs/NAME-OF-DATA")
     tf_steps: int = flag(0, "steps of teacher forcing, first", number(0))
     tf_learning_rate: float = flag(1e-5, "its peak learning rate", WEIGHT)
     steps: int = flag(10_000, "steps of reinforcement learning", number(0))
     learning_rate: float = flag(1e-6, "its peak learning rate", WEIGHT)
-    discriminator_learning_rate: float = flag(7e-5, "learning rate of a regularizer's network "
-                                              "(Eq. 4, 10)", WEIGHT)
+    discriminator_learning_rate: float = flag(
+        7e-5, "learning rate of a regularizer's network (Eq. 4, 10)", WEIGHT)
     max_gradient_norm: float = flag(1.0, "gradients are scaled down to this norm", WEIGHT)
     clip_steps: int = flag(600, "steps of pretraining the toy world's CLIP", number(1))
     train_size: int | None = flag(None, "use at most so many training examples", number(1))
     test_size: int = flag(1000, "examples held out for the table, at most a fifth", number(1))
-    # fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionConfig(Decoding):
     """Write a caption for every picture: path, tab, caption, a line each, on standard output."""
-
-    # fmt: off
     paths: tuple[str, ...] = flag((), "pictures, folders of pictures, or - for a list of them on "
                                   "standard input", nargs="+")
     recursive: bool = flag(True, "look into folders within folders")
     out: str | None = flag(None, "write to this .jsonl file; one that exists is continued")
     overwrite: bool = flag(False, "caption anew what has a caption in --out")
     samples: int = flag(0, "sample so many captions of each picture; 0: search", number(0))
-    temperature: float = flag(0.7, "of --samples; 1 is the captioner's own distribution",
-                              number(0.01, kind=float))
+    temperature: float = flag(
+        0.7, "of --samples; 1 is the captioner's own distribution", number(0.01, kind=float))
     top_p: float = flag(1.0, "of --samples: only the likeliest tokens that make up this much",
                         number(0, 1, float))
     rerank: bool = flag(False, "of --samples (8 if not given), keep what best tells a picture from "
                         "those of its batch (Eq. 6)")
     min_length: int = flag(5, "fewest tokens in a caption", number(0))
-    repetition_penalty: float = flag(1.0, "above 1, words that were written are less likely",
-                                     number(0.01, kind=float))
+    repetition_penalty: float = flag(
+        1.0, "above 1, words that were written are less likely", number(0.01, kind=float))
     beams: int = flag(3, "beams of the search; 1 decodes greedily", number(1))
     batch_size: int = flag(16, "pictures in a batch", number(1))
-    # fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Decoding):
     """Caption a data set, and measure the captions."""
-
     data: str = flag("", "folder with metadata.jsonl", nargs=None)
     out: str | None = flag(None, "write the measures to this JSON file")
 
 
 # What the toy world changes; everything else is as for photographs.
-TOY = dict(
-    captioner=None, similarity_weight=0.99, ground_truth_weight=2.0,
-    tf_steps=600, tf_learning_rate=2e-3, steps=400, learning_rate=6e-4,
-    discriminator_learning_rate=1e-3, train_size=8000, workers=0,
-)  # fmt: skip
+TOY = dict(captioner=None, similarity_weight=0.99, ground_truth_weight=2.0, tf_steps=600,
+           tf_learning_rate=2e-3, steps=400, learning_rate=6e-4,
+           discriminator_learning_rate=1e-3, train_size=8000, workers=0)
+# fmt: on
 
 
 def train(config: TrainConfig) -> None:
@@ -1679,10 +1576,10 @@ def train(config: TrainConfig) -> None:
     out = Path(config.out or f"runs/{Path(config.data).resolve().name}")
     if out.exists():
         raise UserError(f"{out}: already exists; remove it, or give another folder with --out")
-    toy = config.data == "toy"
-    training, test = (
-        toy_world(config.seed, config.train_size, config.test_size) if toy else split(config)
-    )
+    if config.data == "toy":
+        training, test = toy_world(config.seed, config.train_size, config.test_size)
+    else:
+        training, test = split(config)
     if len(training) < max(config.batch_size, config.neighbours + 1):
         few = f"only {len(training)} training examples; give less"
         raise UserError(f"--batch-size, --neighbours: {few}")
@@ -1692,60 +1589,51 @@ def train(config: TrainConfig) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    if toy:
+    if config.data == "toy":
         test = write_examples(out / "test", test)
     with open(out / "log.jsonl", "w", encoding="utf-8") as log:
         if not config.captioner:
             captioner = toy_captioner(config.seed).to(config.device)
             captioner.check_length(config.max_length)
             clip = toy_clip(out / "clip", training, config, log)
-        test_embeddings = clip.embed_images([example.image for example in test], config.workers)
+        embeddings = clip.embed_images([example.image for example in test], config.workers)
         captions = learn(captioner, clip, training, test, config, log)
     captioner.save(out / "captioner")
 
-    measured = {}
-    for row, texts in captions.items():
-        measured[row] = evaluate(texts, test, test_embeddings, clip)
+    results = {row: evaluate(texts, test, embeddings, clip) for row, texts in captions.items()}
     packages = ("torch", "transformers", "open_clip_torch", "pycocoevalcap")
     about = dict(split="test", images=len(test), seed=config.seed, beams=config.beams)
-    about |= {
-        "max_length": config.max_length,
-        "versions": {name: version(name) for name in packages},
-    }
-    write_text(out / "results.json", json.dumps(measured | about, indent=2) + "\n")
-    print(table(measured))
+    about |= dict(max_length=config.max_length, versions={name: version(name) for name in packages})
+    write_text(out / "results.json", json.dumps(results | about, indent=2) + "\n")
+    print(table(results))
     for example, before, after in zip(test[:6], captions["before"], captions["after"]):
         print(f"\n{example.image_id}\n  before  {before}\n  after   {after}")
 
 
-def learn(
-    captioner: Captioner, clip: CLIP, training: Sequence[Example], test: Sequence[Example],
-    config: TrainConfig, log,
-) -> dict[str, list[str]]:  # fmt: skip
+def learn(captioner: Captioner, clip: CLIP, training: Sequence[Example], test: Sequence[Example],
+          config: TrainConfig, log) -> dict[str, list[str]]:  # fmt: skip
     """Teacher forcing (Eq. 1), then reinforcement learning (Eq. 2 to 10). Returns captions of the
     test pictures before and after RL; with `--objective tf`, before and after teacher forcing."""
     images = [example.image for example in test]
     dataset = CaptionDataset(training, captioner.pixels)
     learner = Learner(captioner, clip, config, config.max_length)
-    captions = {}
-    if config.objective == "tf":
-        captions["before"] = caption_all(captioner, images, config)
 
-    order = schedule(training, config.batch_size, config.tf_steps, config.seed)
-    batches = read_ahead(dataset, order, config.workers)
-    step, rate = learner.teacher_forcing_step, config.tf_learning_rate
-    fit("tf", captioner, step, batches, len(order), rate, config, log)
+    def write() -> list[str]:
+        return caption_all(captioner, images, config)
 
-    if config.objective == "rl":
-        captions["before"] = caption_all(captioner, images, config)
-        prepare_reinforcement(learner, training, config)
-        order = schedule(training, config.batch_size, config.steps, config.seed)
+    def stage(name: str, step: Callable, steps: int, rate: float, network=None) -> None:
+        order = schedule(training, config.batch_size, steps, config.seed)
         batches = read_ahead(dataset, order, config.workers)
-        step, rate = learner.reinforce_step, config.learning_rate
+        fit(name, captioner, step, batches, steps, rate, config, log, network)
+
+    before = write() if config.objective == "tf" else []
+    stage("tf", learner.teacher_forcing_step, config.tf_steps, config.tf_learning_rate)
+    if config.objective == "rl":
+        before = write()
+        prepare_reinforcement(learner, training, config)
         network = learner.regularizer.network
-        fit("rl", captioner, step, batches, len(order), rate, config, log, network)
-    captions["after"] = caption_all(captioner, images, config)
-    return captions
+        stage("rl", learner.reinforce_step, config.steps, config.learning_rate, network)
+    return {"before": before, "after": write()}
 
 
 def prepare_reinforcement(learner: Learner, training: Sequence[Example], config: TrainConfig):
@@ -1766,14 +1654,10 @@ class Written(NamedTuple):
 
 
 @torch.no_grad()
-def write_captions(
-    captioner: Captioner, images: Sequence[Path | Image.Image], config: Decoding,
-    write: Callable[[Tensor], Tensor], clip: CLIP | None = None,
-) -> Iterator[Written]:  # fmt: skip
+def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], config: Decoding,
+                   write: Callable, clip: CLIP | None = None) -> Iterator[Written]:  # fmt: skip
     """The captions of each picture, in order. `write` makes tokens (K*B, P + T) of features.
-
-    With a `clip`, of each picture's K captions the one that best tells it from its batch.
-    """
+    With a `clip`, of each picture's K captions the one that best tells it from its batch."""
     prepare = [captioner.pixels] + ([clip.pixels] if clip else [])
     batches = PictureBatches(images, prepare, config.batch_size)
     bar = tqdm(total=len(images), desc="caption", disable=None)
@@ -1783,10 +1667,9 @@ def write_captions(
         if batch.pixels:
             features = captioner.encode(batch.pixels[0])  # (B, L, H)
             captions = captioner.decode(write(features))  # K*B of them
-            groups = batched(captions, len(captions) // len(features))
             if clip:
-                best = rerank(captions, clip, clip.encode_pixels(batch.pixels[1]))
-                groups = batched(best, 1)
+                captions = rerank(captions, clip, clip.encode_pixels(batch.pixels[1]))
+            groups = batched(captions, len(captions) // len(features))
         for failure in batch.failures:
             yield Written([], failure) if failure else Written(list(next(groups)), None)
         bar.update(len(batch.failures))
@@ -1800,8 +1683,8 @@ def rerank(captions: Sequence[str], clip: CLIP, image_embeddings: Tensor) -> lis
     image_index = row.repeat_interleave(count)
     embeddings = clip.embed_captions(captions)
     rewards = contrastive_reward(embeddings, image_embeddings, image_index, clip.logit_scale)
-    best = rewards.view(-1, count).argmax(dim=1).tolist()
-    return [captions[row * count + place] for row, place in enumerate(best)]
+    best = row * count + rewards.view(-1, count).argmax(dim=1)
+    return [captions[place] for place in best.tolist()]
 
 
 def caption_all(captioner: Captioner, images: Sequence, config: Decoding) -> list[str]:
@@ -1811,7 +1694,7 @@ def caption_all(captioner: Captioner, images: Sequence, config: Decoding) -> lis
     for written in write_captions(captioner, images, config, search):
         if written.failure:
             raise written.failure
-        captions.append(written.captions[0])
+        captions += written.captions
     return captions
 
 
@@ -1830,11 +1713,9 @@ def load_models(config: Decoding, with_clip: bool = True) -> tuple[Captioner, CL
     return captioner, CLIP.load(clip_name(config), config.device) if with_clip else None
 
 
-ESCAPES = {9: "\\t", 10: "\\n", 13: "\\r"}  # lest a file's name look like two fields or lines
-
-
 def caption(config: CaptionConfig) -> int:
     """`distcap caption`: see CaptionConfig. Returns 1 if some pictures could not be read."""
+    escapes = {9: "\\t", 10: "\\n", 13: "\\r"}  # lest a file's name look like two fields or lines
     listed = sys.stdin.read().split("\n") if "-" in config.paths else []
     named = [path for path in (*config.paths, *listed) if path not in ("-", "")]
     found = find_images(named, config.recursive)
@@ -1844,27 +1725,27 @@ def caption(config: CaptionConfig) -> int:
     paths = [path for path in found if config.overwrite or names[path] not in rows]
 
     failures = []
-    for number, (path, written) in enumerate(caption_paths(paths, config), 1):
+    for number, (written, path) in enumerate(zip(write_paths(paths, config), paths), 1):
         if written.failure:
             failures.append(written.failure)
         elif out:
             rows[names[path]] = rows.get(names[path], {}) | {"caption": written.captions}
         else:
             for text in written.captions:
-                print(f"{str(path).translate(ESCAPES)}\t{text}", flush=True)
+                print(f"{str(path).translate(escapes)}\t{text}", flush=True)
         if out and (number % config.batch_size == 0 or number == len(paths)):
             write_rows(out, rows)  # always whole, so never cut short
 
     for failure in failures:
-        print(f"distcap: {str(failure).translate(ESCAPES)}", file=sys.stderr)
+        print(f"distcap: {str(failure).translate(escapes)}", file=sys.stderr)
     if out:
         done = f"{len(paths) - len(failures)} captioned, {len(failures)} failed"
         print(f"distcap: {done}, {len(found) - len(paths)} had a caption", file=sys.stderr)
     return 1 if failures else 0
 
 
-def caption_paths(paths: Sequence[Path], config: CaptionConfig) -> Iterator[tuple[Path, Written]]:
-    """Each path with what became of it, written as the flags say. No path: no model is loaded."""
+def write_paths(paths: Sequence[Path], config: CaptionConfig) -> Iterator[Written]:
+    """What becomes of each path, written as the flags say. Without any, no model is loaded."""
     if not paths:
         return
     captioner, clip = load_models(config, config.rerank)
@@ -1873,10 +1754,10 @@ def caption_paths(paths: Sequence[Path], config: CaptionConfig) -> Iterator[tupl
     options["min_new_tokens"] = min(config.min_length, config.max_length)
     if count:
         options |= dict(count=count, temperature=config.temperature, top_p=config.top_p)
-        write = functools.partial(captioner.sample, **options)
     else:
-        write = functools.partial(captioner.search, beams=config.beams, **options)
-    yield from zip(paths, write_captions(captioner, paths, config, write, clip))
+        options["beams"] = config.beams
+    write = functools.partial(captioner.sample if count else captioner.search, **options)
+    yield from write_captions(captioner, paths, config, write, clip)
 
 
 def evaluate_command(config: EvalConfig) -> None:
@@ -1893,24 +1774,27 @@ def evaluate_command(config: EvalConfig) -> None:
 
 def ignored_flags(config: Decoding) -> dict[str, str]:
     """The flags that change nothing beside the others, each with the flag that is the reason."""
+    ignored = {}
     if isinstance(config, CaptionConfig):
         sampling = config.samples or config.rerank
-        ignored = (
-            {"beams": "samples"} if sampling else dict.fromkeys(["temperature", "top_p"], "samples")
-        )
-        ignored |= {} if config.rerank else {"clip": "rerank"}
-        return ignored | ({} if config.out else {"overwrite": "out"})
-    if not isinstance(config, TrainConfig):
-        return {}
-    ignored = ignored_settings(config)
-    if config.objective == "tf":
-        ignored |= dict.fromkeys(["steps", "learning_rate"], "objective")
-    if config.objective == "tf" or config.regularizer not in ("discriminator", "grammar"):
-        ignored["discriminator_learning_rate"] = "regularizer"
-    if config.tf_steps == 0:
-        ignored["tf_learning_rate"] = "tf_steps"
-    if config.data != "toy" or config.captioner:
-        ignored["clip_steps"] = "captioner"
+        reason = "samples" if config.samples or not config.rerank else "rerank"
+        ignored = dict.fromkeys(["beams"] if sampling else ["temperature", "top_p"], reason)
+        if not config.rerank:
+            ignored["clip"] = "rerank"
+        if not config.out:
+            ignored["overwrite"] = "out"
+    elif isinstance(config, TrainConfig):
+        ignored = ignored_settings(config)
+        if config.regularizer not in ("discriminator", "grammar"):
+            ignored["discriminator_learning_rate"] = "regularizer"
+        if config.objective == "tf":
+            rates = ["learning_rate", "discriminator_learning_rate"]
+            ignored |= dict.fromkeys(["steps", *rates], "objective")
+            ignored |= {"recipe": "objective"} if config.recipe != "tf" else {}
+        if config.tf_steps == 0:
+            ignored["tf_learning_rate"] = "tf_steps"
+        if config.data != "toy" or config.captioner:
+            ignored["clip_steps"] = "captioner"
     return ignored
 
 
@@ -1924,28 +1808,23 @@ def check(config: Decoding, given: set[str]) -> None:
             raise UserError(f"--{name.replace('_', '-')}: changes nothing with {setting}")
 
     if isinstance(config, TrainConfig):
-        refusals = {
-            "--objective tf --tf-steps 0: nothing to train; give --tf-steps":
-                config.objective == "tf" and config.tf_steps == 0,
-            "--sampled-weight 0 --ground-truth-weight 0: nothing to train; give one of them":
-                config.sampled_weight == config.ground_truth_weight == 0,
-            "--baseline group: needs --samples 2 or more":
-                config.baseline == "group" and config.samples < 2,
-            "--baseline neighbours: needs --neighbours 1 or more":
-                config.baseline == "neighbours" and config.neighbours < 1,
-            f"--clip {config.clip}: the toy world trains its own, unless --captioner is given too":
-                config.data == "toy" and config.clip and not config.captioner,
-        }  # fmt: skip
-    else:
-        refusals = {
-            f"--out {config.out}: must be a .jsonl file":
-                isinstance(config, CaptionConfig) and (config.out or ".jsonl")[-6:] != ".jsonl",
-            f"--out {config.out}: must be in a folder that exists; make it first":
-                config.out and not Path(config.out).parent.is_dir(),
-        }  # fmt: skip
-    for message, wrong in refusals.items():
-        if wrong:
-            raise UserError(message)
+        if config.objective == "tf" and config.tf_steps == 0:
+            raise UserError("--objective tf --tf-steps 0: nothing to train; give --tf-steps")
+        if config.sampled_weight == config.ground_truth_weight == 0:
+            what = "--sampled-weight 0 --ground-truth-weight 0"
+            raise UserError(f"{what}: nothing to train; give one of them")
+        if config.baseline == "group" and config.samples < 2:
+            raise UserError("--baseline group: needs --samples 2 or more")
+        if config.baseline == "neighbours" and config.neighbours < 1:
+            raise UserError("--baseline neighbours: needs --neighbours 1 or more")
+        if config.data == "toy" and config.clip and not config.captioner:
+            own = "the toy world trains its own, unless --captioner is given too"
+            raise UserError(f"--clip {config.clip}: {own}")
+    elif config.out:
+        if isinstance(config, CaptionConfig) and not config.out.endswith(".jsonl"):
+            raise UserError(f"--out {config.out}: must be a .jsonl file")
+        if not Path(config.out).parent.is_dir():
+            raise UserError(f"--out {config.out}: must be in a folder that exists; make it first")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1956,19 +1835,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with the defaults that say something: not "(default: None)"."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        plain = action.default is None or not action.option_strings
-        return action.help if plain else super()._get_help_string(action)
-
-
-VERBS = {
-    "train": (TrainConfig, train),
-    "caption": (CaptionConfig, caption),
-    "eval": (EvalConfig, evaluate_command),
-}
+VERBS = {"train": (TrainConfig, train), "caption": (CaptionConfig, caption),
+         "eval": (EvalConfig, evaluate_command)}  # fmt: skip
+TITLES = {TrainConfig: "training", CaptionConfig: "captioning", EvalConfig: "evaluation",
+          Decoding: "captions and models", Method: "the method"}  # fmt: skip
 
 
 def make_parsers() -> tuple[Parser, dict[str, Parser]]:
@@ -1977,11 +1847,10 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,caption,eval}")
     parsers = {}
     for verb, (cls, _) in VERBS.items():
-        about = dict(help=cls.__doc__, description=cls.__doc__, formatter_class=HelpFormatter)
-        parsers[verb] = verbs.add_parser(verb, **about)
+        parsers[verb] = verbs.add_parser(verb, help=cls.__doc__, description=cls.__doc__)
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        for base in (cls, *cls.__mro__[:-1]):  # its own first
-            group = parsers[verb].add_argument_group(base.__doc__.split(":")[0].split(",")[0])
+        for base in cls.__mro__[:-1]:  # its own settings first; `object` has none
+            group = parsers[verb].add_argument_group(TITLES[base])
             for name in [name for name in base.__annotations__ if name in fields]:
                 add_flag(group, fields.pop(name))
     toy = [f"--{name.replace('_', '-')} {value}" for name, value in TOY.items()]
@@ -1990,45 +1859,37 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
 
 
 def add_flag(group, field: dataclasses.Field) -> None:
-    """A flag for one setting, or a positional argument where it has `nargs`."""
-    if "nargs" in field.metadata:
-        group.add_argument(
-            field.name, metavar=field.name.upper(), default=field.default, **field.metadata
-        )
+    """A flag for one setting, or a positional argument where it has `nargs`. What is not given is
+    None, to be told from what is; the help names the default."""
+    options = dict(field.metadata)
+    if "nargs" in options:
+        group.add_argument(field.name, metavar=field.name.upper(), **options)
         return
-    options = dict(field.metadata, default=field.default)
+    if field.default is not None:
+        options["help"] += f" (default: {field.default})"
     if isinstance(field.default, bool):
-        options = dict(
-            help=options["help"], default=field.default, action=argparse.BooleanOptionalAction
-        )
+        options = dict(help=options["help"], action=argparse.BooleanOptionalAction)
     elif "choices" not in options:
-        options["metavar"] = {int: "N", float: "X"}.get(type(field.default), "TEXT")
+        options["metavar"] = {"int": "N", "float": "X"}.get(options["type"].__name__, "TEXT")
     group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[str, Decoding, set[str]]:
     """The verb, its settings, and the names of the flags that were given. What is not given comes
     from the recipe, else from the toy world, else from the class."""
-    parser, parsers = make_parsers()
+    parser, _ = make_parsers()
     values = vars(parser.parse_args(arguments))
-    verb = values["verb"]
+    verb = values.pop("verb")
+    given = {name: value for name, value in values.items() if value is not None}
+    preset = {}
     if verb == "train":
-        toy = TOY if values["data"] == "toy" else {}
-        parsers[verb].set_defaults(**toy | RECIPES[values["recipe"]])
-        values = vars(parser.parse_args(arguments))
-    parsers[verb].set_defaults(**dict.fromkeys(values))
-    found = vars(parser.parse_args(arguments))
-    given = {name for name, value in found.items() if value is not None}
-    return verb, configure(VERBS[verb][0], values), given
-
-
-def configure(cls: type, values: dict):
-    """Settings of this class, with the device that `auto` stands for."""
-    settings = cls(**{name: value for name, value in values.items() if name != "verb"})
-    if settings.device != "auto":
-        return settings
-    device = torch.accelerator.current_accelerator(check_available=True)
-    return dataclasses.replace(settings, device=str(device or "cpu"))
+        toy = TOY if given.get("data", "toy") == "toy" else {}
+        preset = toy | RECIPES[given.get("recipe", "distinctive")]
+    config = VERBS[verb][0](**preset | given)
+    if config.device == "auto":
+        device = torch.accelerator.current_accelerator(check_available=True)
+        config = dataclasses.replace(config, device=str(device or "cpu"))
+    return verb, config, set(given)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

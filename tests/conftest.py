@@ -1,9 +1,9 @@
-"""Small worlds, models and runs that several tests share. Everything is offline, on the CPU, and seeded."""
+"""Small worlds, models and runs that several tests share. All of it offline, on the CPU, seeded."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import: no test may reach for the network
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as `main` does, but tests import the libraries before it
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # `main` does it too, but after these imports
 
 import io
 from types import SimpleNamespace
@@ -13,7 +13,15 @@ import torch
 
 import distcap
 
-SMALL = ["--train-size", "300", "--test-size", "40", "--clip-steps", "40", "--tf-steps", "60", "--batch-size", "32"]
+SHORT = (
+    "--train-size 300 --test-size 40 --clip-steps 40 --tf-steps 60 --steps 4 --batch-size 32 "
+    "--device cpu"
+).split()
+
+
+def configure(**values) -> distcap.TrainConfig:
+    """The settings of `distcap train` on the toy world and the CPU, but for these."""
+    return distcap.TrainConfig(**{**distcap.TOY, "device": "cpu", **values})
 
 
 @pytest.fixture(autouse=True)
@@ -36,21 +44,37 @@ def captioner():
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory, world):
     """A toy CLIP after a handful of steps."""
-    config = distcap.configuration(distcap.TrainConfig, {"clip_steps": 5, "device": "cpu"})
-    return distcap.toy_clip(tmp_path_factory.mktemp("clip") / "clip", world, config, io.StringIO())
+    folder = tmp_path_factory.mktemp("clip") / "clip"
+    return distcap.toy_clip(folder, world, configure(clip_steps=5), io.StringIO())
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """A run folder of `train`, too short to be any good."""
     folder = tmp_path_factory.mktemp("runs") / "toy"
-    assert distcap.main(["train", "--steps", "4", "--out", str(folder), "--device", "cpu", *SMALL]) == 0
+    assert distcap.main(["train", "--out", str(folder), *SHORT]) == 0
     return folder
 
 
 @pytest.fixture
 def pool():
-    """Random unit embeddings of 2 images and a pool of 6 captions: sampled, ground truth, greedy."""
+    """Random unit embeddings of 2 images and a pool of 6 captions: sampled, human, greedy."""
     captions = torch.nn.functional.normalize(torch.randn(6, 5), dim=1)
     images = torch.nn.functional.normalize(torch.randn(2, 5), dim=1)
-    return SimpleNamespace(captions=captions, images=images, image_index=torch.tensor([0, 1, 0, 1, 0, 1]), scale=10.0)
+    image_index = torch.tensor([0, 1, 0, 1, 0, 1])
+    return SimpleNamespace(captions=captions, images=images, image_index=image_index, scale=10.0)
+
+
+@pytest.fixture
+def learn(world, clip):
+    """`learn(**values)`: a Learner about to begin RL, its captioner untrained, and a Batch of 4."""
+
+    def make(**values):
+        config = configure(**{"similarity_weight": 0.94, "ground_truth_weight": 1.0, **values})
+        captioner = distcap.toy_captioner(0).eval()
+        learner = distcap.Learner(captioner, clip, config, config.max_length)
+        distcap.prepare_reinforcement(learner, world, config)
+        dataset = distcap.CaptionDataset(world, captioner.pixels)
+        return learner, dataset[[(3, 0), (7, 4), (11, 2), (19, 1)]]
+
+    return make

@@ -1,4 +1,4 @@
-"""Section 3: sampling, scoring and padding of the captioner; checkpoints."""
+"""The captioner: how it samples, searches, scores and pads; its checkpoints."""
 
 import json
 
@@ -31,7 +31,8 @@ def test_tokenize_starts_ends_and_pads(captioner):
     tokens = captioner.tokenize(["two shapes", "a red ring above a blue bar"], max_length=20)
     assert tokens.shape == (2, 9)
     assert (tokens[:, 0] == captioner.start[0]).all()
-    assert tokens[0, 3] == captioner.end and (tokens[0, 4:] == captioner.pad).all() and tokens[1, 8] == captioner.end
+    assert tokens[0, 3] == captioner.end and (tokens[0, 4:] == captioner.pad).all()
+    assert tokens[1, 8] == captioner.end
     assert captioner.decode(tokens) == ["two shapes", "a red ring above a blue bar"]
     assert captioner.tokenizer.unk_token_id not in tokens
 
@@ -50,10 +51,11 @@ def test_mask_ends_with_the_first_end_token(captioner):
 
 def test_log_probs_are_those_of_a_slow_loop(captioner, features):
     tokens = captioner.tokenize(["a red ring above a blue bar", "two shapes"], 20)
-    log_probs = captioner.log_probs(features[:2], tokens).detach()
+    log_probs, mask = captioner.log_probs(features[:2], tokens)
+    assert log_probs.shape == mask.shape and torch.equal(mask, captioner.mask(tokens))
     attention = torch.ones(1, features.shape[1])
     for row in range(2):
-        for position in range(int(captioner.mask(tokens)[row].sum())):
+        for position in range(int(mask[row].sum())):
             logits = captioner.model.text_decoder(
                 input_ids=tokens[row : row + 1, : position + 1],
                 encoder_hidden_states=features[row : row + 1],
@@ -67,49 +69,50 @@ def test_padding_does_not_change_log_probs(captioner, features):
     short = captioner.tokenize(["two shapes"], 20)
     long = torch.nn.functional.pad(short, (0, 5), value=captioner.pad)
     width = short.shape[1] - 1
-    torch.testing.assert_close(
-        captioner.log_probs(features[:1], long)[:, :width], captioner.log_probs(features[:1], short)
-    )
+    wanted, _ = captioner.log_probs(features[:1], short)
+    found, mask = captioner.log_probs(features[:1], long)
+    torch.testing.assert_close(found[:, :width], wanted)
+    assert mask[0].tolist() == [1] * width + [0] * 5
 
 
-def test_log_probs_of_samples_equal_those_of_generate(captioner, features, monkeypatch):
-    """What is scored is what was sampled: generate's own log-probabilities, untouched by top-k or a temperature."""
-    seen = {}
-    generate = captioner.model.text_decoder.generate
-
-    def spy(**options):
-        output = generate(**options, return_dict_in_generate=True, output_scores=True, output_logits=True)
-        seen.update(output)
-        return output.sequences
-
-    monkeypatch.setattr(captioner.model.text_decoder, "generate", spy)
-    tokens = captioner.generate(features, 20, do_sample=True)
-    mask = captioner.mask(tokens)
-    theirs = torch.stack(seen["scores"], dim=1).log_softmax(dim=-1).gather(2, tokens[:, 1:, None]).squeeze(2)
-    ours = captioner.log_probs(features, tokens).detach()
-    torch.testing.assert_close(ours * mask, theirs * mask, atol=2e-5, rtol=1e-5)
-    for score, logit in zip(seen["scores"], seen["logits"]):
-        torch.testing.assert_close(score, logit)  # no warper touched the distribution
+def test_log_probs_of_samples_equal_those_of_generate(captioner, features):
+    """What is scored is what was sampled: no top-k and no temperature touched the distribution."""
+    wanted = dict(return_dict_in_generate=True, output_scores=True, output_logits=True)
+    output = captioner.sample(features, 20, **wanted)
+    theirs = torch.stack(output.scores, dim=1).log_softmax(dim=-1)
+    theirs = theirs.gather(2, output.sequences[:, 1:, None]).squeeze(2)
+    ours, mask = captioner.log_probs(features, output.sequences)
+    torch.testing.assert_close(ours.detach() * mask, theirs * mask, atol=2e-5, rtol=1e-5)
+    for score, logit in zip(output.scores, output.logits):
+        torch.testing.assert_close(score, logit)
 
 
-def test_a_checkpoint_with_other_generation_settings_samples_the_same(captioner, features, monkeypatch):
-    torch.manual_seed(3)
-    plain = captioner.generate(features, 20, do_sample=True)
-    settings = dict(top_k=3, temperature=0.1, min_p=0.3, num_beams=4, min_new_tokens=9, suppress_tokens=[7, 8, 9],
-                    num_return_sequences=2, repetition_penalty=3.0, no_repeat_ngram_size=1)  # fmt: skip
+def test_a_checkpoint_with_other_generation_settings_writes_the_same(
+    captioner, features, monkeypatch
+):
+    """Most checkpoints bring settings of their own, and generate obeys them unless told not to."""
+
+    def write(writer):
+        torch.manual_seed(3)
+        return writer.sample(features, 20), writer.greedy(features, 20)
+
+    plain = write(captioner)
+    settings = dict(
+        top_k=3, temperature=0.1, min_p=0.3, num_beams=4, min_new_tokens=9,
+        suppress_tokens=[7, 8, 9], num_return_sequences=2, repetition_penalty=3.0,
+        no_repeat_ngram_size=1,
+    )  # fmt: skip
+    generation_config = captioner.model.text_decoder.generation_config
     for setting, value in settings.items():
-        monkeypatch.setattr(captioner.model.text_decoder.generation_config, setting, value)
+        monkeypatch.setattr(generation_config, setting, value)
     again = distcap.Captioner(captioner.model, captioner.image_processor, captioner.tokenizer)
-    torch.manual_seed(3)
-    assert torch.equal(again.generate(features, 20, do_sample=True), plain)
+    assert all(torch.equal(old, new) for old, new in zip(plain, write(again)))
 
 
 def test_samples_vary_and_greedy_captions_do_not(captioner, features):
-    assert not torch.equal(
-        captioner.generate(features, 9, do_sample=True), captioner.generate(features, 9, do_sample=True)
-    )
-    greedy = captioner.generate(features, 9)
-    assert torch.equal(greedy, captioner.generate(features, 9))
+    assert not torch.equal(captioner.sample(features, 9), captioner.sample(features, 9))
+    greedy = captioner.greedy(features, 9)
+    assert torch.equal(greedy, captioner.greedy(features, 9))
     with torch.no_grad():
         first = captioner.model.text_decoder(
             input_ids=greedy[:, :1],
@@ -120,11 +123,35 @@ def test_samples_vary_and_greedy_captions_do_not(captioner, features):
     assert greedy.shape[1] <= 10
 
 
-def test_scoring_is_differentiable_down_to_the_pixels_and_generating_is_not(captioner):
+def test_the_samples_of_an_image_stand_in_a_row(captioner, features):
+    """Where only the likeliest token is left, each image has its greedy caption, K times."""
+    greedy = captioner.greedy(features, 9)
+    drawn = captioner.sample(features, 9, count=3, top_p=0.0)
+    assert len(greedy.unique(dim=0)) > 1  # otherwise any order would do
+    assert torch.equal(drawn, greedy.repeat_interleave(3, dim=0))
+    assert len(captioner.sample(features, 9, count=3).unique(dim=0)) > len(features)
+
+
+def test_more_beams_find_likelier_captions(captioner, features):
+    """A beam may lose what greedy search finds, but not over several images."""
+
+    def likelihood(tokens):
+        log_probs, mask = captioner.log_probs(features, tokens)
+        return (log_probs * mask).sum().item()
+
+    with torch.no_grad():
+        greedy, searched = captioner.greedy(features, 4), captioner.search(features, 4, beams=5)
+        assert torch.equal(captioner.search(features, 4), greedy)
+        assert likelihood(searched) > likelihood(greedy)
+
+
+def test_scoring_reaches_the_pixels_with_a_gradient_and_writing_has_none(captioner):
     pixels = torch.randn(1, 3, 32, 32, requires_grad=True)
     features = captioner.encode(pixels)
-    assert not captioner.generate(features, 5).is_floating_point()
-    captioner.log_probs(features, captioner.tokenize(["two shapes"], 20)).sum().backward()
+    for tokens in (captioner.greedy(features, 5), captioner.sample(features, 5)):
+        assert not tokens.is_floating_point() and not tokens.requires_grad
+    log_probs, mask = captioner.log_probs(features, captioner.tokenize(["two shapes"], 20))
+    (log_probs * mask).sum().backward()
     assert pixels.grad.abs().sum() > 0
 
 
@@ -132,18 +159,29 @@ def test_checkpoint_round_trip_is_an_ordinary_folder(captioner, features, tmp_pa
     from transformers import AutoProcessor, BlipForConditionalGeneration
 
     captioner.save(tmp_path)
-    loaded = distcap.Captioner.load(str(tmp_path)).eval()
+    loaded = distcap.Captioner.load(str(tmp_path))
+    assert not loaded.training
     tokens = captioner.tokenize(["a red ring above a blue bar"], 20)
     assert torch.equal(loaded.tokenize(["a red ring above a blue bar"], 20), tokens)
-    torch.testing.assert_close(loaded.log_probs(features[:1], tokens), captioner.log_probs(features[:1], tokens))
+    wanted, _ = captioner.log_probs(features[:1], tokens)
+    found, _ = loaded.log_probs(features[:1], tokens)
+    torch.testing.assert_close(found, wanted)
     image = [world[0].image]
     assert torch.equal(loaded.pixels(image), captioner.pixels(image))
     assert (tmp_path / "model.safetensors").exists() and not list(tmp_path.glob("*.bin"))
-    model = BlipForConditionalGeneration.from_pretrained(tmp_path)  # and transformers alone reads it
+    model = BlipForConditionalGeneration.from_pretrained(tmp_path)  # transformers alone reads it
     inputs = AutoProcessor.from_pretrained(tmp_path)(images=image, return_tensors="pt")
     theirs = model.generate(pixel_values=inputs.pixel_values, max_new_tokens=20)
-    ours = loaded.generate(loaded.encode(loaded.pixels(image)), 20)
+    ours = loaded.greedy(loaded.encode(loaded.pixels(image)), 20)
     assert captioner.decode(theirs) == captioner.decode(ours)
+
+
+def test_a_captioner_is_loaded_in_full_precision(captioner, tmp_path):
+    """transformers 5 keeps the precision that the weights were saved in: too little to train in."""
+    captioner.save(tmp_path)
+    distcap.Captioner.load(str(tmp_path)).half().save(tmp_path)
+    loaded = distcap.Captioner.load(str(tmp_path))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
 
 
 def test_weights_that_are_missing_are_not_made_up(captioner, tmp_path):
@@ -157,16 +195,24 @@ def test_weights_that_are_missing_are_not_made_up(captioner, tmp_path):
         distcap.Captioner.load(str(tmp_path))
 
 
+def test_more_tokens_than_there_are_positions_are_refused(captioner):
+    captioner.check_length(31)
+    captioner.greedy(torch.zeros(1, 4, 96), 31)
+    with pytest.raises(distcap.UserError, match=r"--max-length 32: .* at most 31 tokens"):
+        captioner.check_length(32)
+
+
 def test_loading_explains_what_is_wrong(tmp_path):
-    with pytest.raises(distcap.UserError, match="not a checkpoint"):
-        distcap.Captioner.load(str(tmp_path))
+    def complaint(name):
+        with pytest.raises(distcap.UserError) as caught:
+            distcap.Captioner.load(name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "not a checkpoint" in complaint(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(distcap.UserError, match="gpt2"):
-        distcap.Captioner.load(str(tmp_path))
+    assert "a model of type gpt2; captioners are of type blip, " in complaint(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(distcap.UserError, match="cannot load"):
-        distcap.Captioner.load(str(tmp_path))
-    with pytest.raises(distcap.UserError, match="Hub"):
-        distcap.Captioner.load("someone/no-such-captioner")
-    with pytest.raises(distcap.UserError, match="Hub"):
-        distcap.Captioner.load("not a/valid/name")
+    assert "cannot load" in complaint(str(tmp_path))
+    assert "Hub" in complaint("someone/no-such-captioner")
+    assert "Hub" in complaint("not a/valid/name")

@@ -1,4 +1,4 @@
-"""Section 10: a folder with a picture of every kind, and a broken one of every kind, goes through `distcap caption`."""
+"""A folder with a picture of every kind, and a broken one of every kind, is captioned."""
 
 import json
 import os
@@ -15,18 +15,21 @@ from PIL import Image, features
 import distcap
 
 NOISE = Image.effect_noise((40, 30), 90)
-COLOUR = Image.merge("RGB", (NOISE, NOISE.rotate(180), NOISE.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
+FLIPPED = NOISE.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+COLOUR = Image.merge("RGB", (NOISE, NOISE.rotate(180), FLIPPED))
 PALETTE = COLOUR.quantize(8)
 NOT_UTF8 = os.fsdecode(b"caf\xe9.png")
 ROTATED = Image.Exif()
 ROTATED[0x0112] = 6  # orientation
+SUFFIXES = "jpg jpeg png webp bmp gif tiff".split()
+NAMES = ["A.JPG", "日本 é.png", NOT_UTF8, "tab\there.png", "new\nline.png", "  two  spaces .png"]
+NAMES += ["several.dots.tar.gz.png"]
+NESTED = ["nested.png/a.jpg", "nested.png/deeper/a.png"]  # a folder named as a picture
 FRAMES = dict(save_all=True, append_images=[COLOUR.rotate(90)])
 GOOD = {  # name: (picture, how to save it)
-    **{f"a.{suffix}": (COLOUR, {}) for suffix in ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tiff")},
+    **{f"a.{suffix}": (COLOUR, {}) for suffix in SUFFIXES},
     **({"a.avif": (COLOUR, {})} if features.check("avif") else {}),
-    **{name: (COLOUR, {}) for name in ("A.JPG", "日本 é.png", NOT_UTF8, "tab\there.png", "new\nline.png")},
-    **{name: (COLOUR, {}) for name in ("  two  spaces .png", "several.dots.tar.gz.png")},
-    **{name: (COLOUR, {}) for name in ("nested.png/a.jpg", "nested.png/deeper/a.png")},  # a folder named as a picture
+    **{name: (COLOUR, {}) for name in NAMES + NESTED},
     **{f"animated.{suffix}": (COLOUR, FRAMES) for suffix in ("gif", "webp", "TIF")},
     **{f"{mode}.png": (NOISE.convert(mode), {}) for mode in ("1", "L", "LA", "P", "I;16")},
     **{f"{mode}.tiff": (NOISE.convert(mode), {}) for mode in ("PA", "F", "I;16")},
@@ -41,7 +44,8 @@ GOOD = {  # name: (picture, how to save it)
     "thin.png": (COLOUR.resize((900, 1)), {}),
 }
 LINKED = "linked.png"
-ORDER = sorted((*GOOD, LINKED), key=lambda name: (name.count("/"), name))  # a folder's own come before those within
+# A folder's own come before those of the folders within.
+ORDER = sorted((*GOOD, LINKED), key=lambda name: (name.count("/"), name))
 
 
 def chunk(kind, data):
@@ -83,9 +87,11 @@ def folder(tmp_path, monkeypatch):
     (folder / "nested.png/loop").symlink_to(folder, target_is_directory=True)
     for name, (content, _) in BROKEN.items():
         if isinstance(content, str):
-            COLOUR.save(folder / name, **({"compression": "tiff_lzw"} if content == ".tiff" else {}))
+            how = {"compression": "tiff_lzw"} if content == ".tiff" else {}
+            COLOUR.save(folder / name, **how)
             content = (folder / name).read_bytes()
-            content = content[: len(content) // 2] if name.startswith("truncated") else content
+            if name.startswith("truncated"):
+                content = content[: len(content) // 2]
         if content is not None:
             (folder / name).write_bytes(content)
     os.mkfifo(folder / "pipe.png")
@@ -109,54 +115,80 @@ def folder(tmp_path, monkeypatch):
 
 def complaints(stderr, folder):
     """The names that standard error gives as broken, in order, each with its reason."""
-    lines = [line for line in os.fsdecode(stderr).split("\n") if line.startswith(f"distcap: {folder}")]
-    found = [re.fullmatch(rf"distcap: {re.escape(str(folder))}/(.+?): (.*\S.*)", line).groups() for line in lines]
+    lines = os.fsdecode(stderr).split("\n")
+    lines = [line for line in lines if line.startswith(f"distcap: {folder}")]
+    form = re.compile(rf"distcap: {re.escape(str(folder))}/(.+?): (.*\S.*)")
+    found = [form.fullmatch(line).groups() for line in lines]
     return [(name.replace("\\n", "\n"), why) for name, why in found]
 
 
-def test_every_good_picture_is_captioned_and_every_broken_one_listed(run, folder, tmp_path, capsysbinary, monkeypatch):
+def test_every_good_picture_is_captioned_and_every_broken_one_listed(
+    run, folder, tmp_path, capsysbinary, monkeypatch
+):
     assert len(BROKEN) >= 12 and len(ORDER) + len(BROKEN) >= 40
-    command = ["caption", str(folder), "--captioner", str(run), "--device", "cpu", "--batch-size", "7"]
+    command = ["caption", str(folder), "--captioner", str(run), "--device", "cpu"]
+    command += ["--batch-size", "7"]
     assert distcap.main(command) == 1
     streams = capsysbinary.readouterr()
     lines = [line.split("\t") for line in os.fsdecode(streams.out).removesuffix("\n").split("\n")]
-    escaped = [f"{folder}/{name}".replace("\t", "\\t").replace("\n", "\\n") for name in ORDER]
-    assert [name for name, _ in lines] == escaped and all(caption.strip() for _, caption in lines)
+    paths = [f"{folder}/{name}" for name in ORDER]
+    escaped = [path.replace("\t", "\\t").replace("\n", "\\n") for path in paths]
+    assert [name for name, _ in lines] == escaped
+    assert all(caption.strip() for _, caption in lines)
     listed = complaints(streams.err, folder)
     assert [name for name, _ in listed] == sorted(BROKEN)
     assert [(name, why) for name, why in listed if BROKEN[name][1] not in why] == []
     assert streams.err.count(b"distcap:") == len(BROKEN)
 
     out = tmp_path / "x.jsonl"
-    for captioned, kept in ((len(ORDER), 0), (0, len(ORDER))):  # started again, only the broken ones are tried again
+    # Started again, only the broken ones are tried again.
+    for captioned, kept in ((len(ORDER), 0), (0, len(ORDER))):
         assert distcap.main([*command, "--out", str(out)]) == 1
         streams = capsysbinary.readouterr()
         assert streams.out == b"" and complaints(streams.err, folder) == listed
-        total = b"distcap: %d captioned, %d failed, %d had a caption\n" % (captioned, len(BROKEN), kept)
+        counts = (captioned, len(BROKEN), kept)
+        total = b"distcap: %d captioned, %d failed, %d had a caption\n" % counts
         assert streams.err.endswith(total)
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert [row["file_name"] for row in rows] == [f"pictures/{name}" for name in ORDER]
-        assert [row["caption"] for row in rows] == [caption for _, caption in lines]
+        assert [row["caption"] for row in rows] == [[caption] for _, caption in lines]
 
-    monkeypatch.setattr(sys, "stderr", sys.stdout)  # one stream, to see that the broken ones come last
+    # One stream, to see that the broken ones come last.
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
     assert distcap.main(command) == 1
     merged = os.fsdecode(capsysbinary.readouterr().out).split("\n")
     assert sum(line.startswith("distcap:") for line in merged[-len(BROKEN) - 1 :]) == len(BROKEN)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_worker_processes_change_nothing(run, folder, capsysbinary):
+    """Neither the captions nor what is said of the broken ones: every failure is one line."""
+    command = ["caption", str(folder), "--captioner", str(run), "--device", "cpu"]
+    said = []
+    for workers in ("0", "2"):
+        assert distcap.main([*command, "--batch-size", "9", "--workers", workers]) == 1
+        said.append(capsysbinary.readouterr())
+    assert said[0] == said[1]
+    assert said[0].err.count(b"\n") == len(BROKEN)
+
+
 def test_piped_into_head_it_ends_quietly(run, tmp_path):
     for number in range(60):
         COLOUR.rotate(number).save(tmp_path / f"{number:02}.png")
-    command = [sys.executable, distcap.__file__, "caption", tmp_path, "--captioner", run, "--batch-size", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, distcap.__file__, "caption", tmp_path, "--captioner", run]
+    command += ["--batch-size", "2"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, text=True) as process:
         names = [process.stdout.readline().split("\t")[0] for _ in range(5)]
         process.stdout.close()
         assert process.stderr.read() == ""
-    assert process.returncode == 0 and names == [str(tmp_path / f"{number:02}.png") for number in range(5)]
+    assert process.returncode == 0
+    assert names == [str(tmp_path / f"{number:02}.png") for number in range(5)]
 
 
 def test_what_pillow_warns_of_does_not_reach_standard_error(run, tmp_path):
-    COLOUR.resize((12000, 7600)).save(tmp_path / "large.png")  # over the size at which Pillow warns of a bomb
+    """At this size Pillow warns of a bomb."""
+    COLOUR.resize((12000, 7600)).save(tmp_path / "large.png")
     command = [sys.executable, distcap.__file__, "caption", tmp_path, "--captioner", run]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.count("\n") == 1 and done.stderr == ""

@@ -1,4 +1,5 @@
-"""The tutorial: it runs, its outputs are today's, its exercises can be solved, and it copies nothing of distcap.py."""
+"""The tutorial: it runs, its outputs are today's, its exercises can be solved, and it copies
+nothing of distcap.py."""
 
 import ast
 import base64
@@ -19,8 +20,19 @@ PATH = ROOT / "tutorial.ipynb"
 NOTEBOOK = nbformat.read(PATH, as_version=4)
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 TEXT = Path(distcap.__file__).read_text()
-SECTIONS_5_TO_7 = TEXT[TEXT.index("# ---- 5 ") : TEXT.index("# ---- 8 ")]
 DEFINITIONS = ast.FunctionDef | ast.ClassDef
+
+
+def sections() -> dict[str, str]:
+    """{"3  Rewards and baselines": its text, ...} of distcap.py, by the headers, in order."""
+    parts = re.split(r"^# ---- (\d+  [^:\n]*?)(?::.*| -+)$", TEXT, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def section(name: str) -> list[ast.stmt]:
+    """What a section of distcap.py defines, found by the name in its header."""
+    (text,) = [text for header, text in sections().items() if header.split("  ")[1] == name]
+    return [node for node in ast.parse(text).body if isinstance(node, DEFINITIONS)]
 
 
 def shown(cell) -> list[str]:
@@ -44,7 +56,9 @@ def texts(cell) -> list[str]:
     """What a cell printed, showed as Markdown or as a plain value."""
     plain = [output.get("text", "") for output in cell.outputs]
     data = [output.get("data", {}) for output in cell.outputs]
-    return plain + [value for each in data for kind, value in each.items() if kind.startswith("text/")]
+    return plain + [
+        value for each in data for kind, value in each.items() if kind.startswith("text/")
+    ]
 
 
 def solutions(markdown: str) -> list[str]:
@@ -56,7 +70,11 @@ def solutions(markdown: str) -> list[str]:
 def test_the_committed_file_is_a_whole_run_from_top_to_bottom():
     assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
     outputs = [output for cell in CODE for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [
+        output
+        for output in outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
     assert PATH.stat().st_size < 1_500_000
 
 
@@ -65,31 +83,51 @@ def test_the_committed_file_names_no_folder_of_the_machine_and_carries_no_needle
     assert re.findall(r"(?<![\w.])/(?:tmp|work|home|root|usr|var|Users|private)\b", text) == []
     assert NOTEBOOK.metadata.kernelspec.name == "python3"
     assert set(NOTEBOOK.metadata) == {"kernelspec", "language_info"}
-    assert {key for cell in NOTEBOOK.cells for key in cell.metadata} <= {"jupyter"}  # the folded checks
+    assert {key for cell in NOTEBOOK.cells for key in cell.metadata} <= {
+        "jupyter"
+    }  # the folded checks
 
 
 def test_every_source_shown_is_todays():
     for cell in CODE:
         data = [output.data for output in cell.outputs if "data" in output]
         markdown = [each["text/markdown"] for each in data if "text/markdown" in each]
-        assert markdown == [source(name) for name in shown(cell)], f"cell {cell.id}: run the notebook again"
+        assert markdown == [source(name) for name in shown(cell)], (
+            f"cell {cell.id}: run the notebook again"
+        )
 
 
-def test_everything_of_sections_5_to_7_is_shown():
-    names = [node.name for node in ast.parse(SECTIONS_5_TO_7).body if isinstance(node, DEFINITIONS)]
-    assert len(names) > 10
-    assert set(names) - {name for cell in CODE for name in shown(cell)} == set()
+def test_the_chapters_are_the_sections_of_the_file_in_their_order():
+    first_lines = [cell.source.split("\n")[0] for cell in NOTEBOOK.cells]
+    chapters = [line.removeprefix("## ") for line in first_lines if line.startswith("## ")]
+    assert chapters[0] == "0  The story"
+    assert len(chapters) == len(sections()) + 1
+    for chapter, header in zip(chapters[1:], sections()):
+        assert re.match(rf"{re.escape(header)}\b", chapter), f"{chapter} is not {header}"
+
+
+@pytest.mark.parametrize("name", ["Objective", "Rewards and baselines", "Regularizers", "One step"])
+def test_all_of_the_method_is_shown(name):
+    """Each function and class, in one piece or, if it is a class, method by method."""
+    there = {name for cell in CODE for name in shown(cell)}
+    assert section(name)
+    for node in section(name):
+        methods = [each.name for each in node.body if isinstance(each, ast.FunctionDef)]
+        by_methods = {f"{node.name}.{method}" for method in methods}
+        assert node.name in there or (by_methods and by_methods <= there), node.name
 
 
 def test_the_notebook_defines_nothing_that_distcap_defines():
+    """No function or class of the same name, and no constant. (Loop variables may be alike.)"""
     body = ast.parse(TEXT).body
     theirs = {node.name for node in body if isinstance(node, DEFINITIONS)}
     assigned = [node for node in body if isinstance(node, ast.Assign | ast.AnnAssign)]
-    theirs |= {name.id for node in assigned for name in ast.walk(node) if is_stored(name)}
+    constants = {name.id for node in assigned for name in ast.walk(node) if is_stored(name)}
     nodes = [node for cell in CODE for node in ast.walk(ast.parse(cell.source))]
     ours = {node.name for node in nodes if isinstance(node, DEFINITIONS)}
-    ours |= {node.id for node in nodes if is_stored(node)}
-    assert ours & theirs == set()
+    values = {node.id for node in nodes if is_stored(node)}
+    assert ours & (theirs | constants) == set()
+    assert values & constants == set()
 
 
 def is_stored(node: ast.AST) -> bool:
@@ -97,17 +135,39 @@ def is_stored(node: ast.AST) -> bool:
     return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
 
 
-def test_equations_1_to_10_each_have_a_chapter():
-    """1 to 9 with equation, source, check by hand, figure in words, exercise and solution; 10 is explained."""
+def test_equations_1_to_9_each_have_a_chapter():
+    """Equation, source, check by hand, figure in words, exercise and solution."""
     cells = {cell.id: cell for cell in NOTEBOOK.cells}
     for number in range(1, 10):
         assert rf"\tag{{{number}}}" in "".join(cell.source for cell in NOTEBOOK.cells)
         assert shown(cells[f"eq-{number}-code"]) and "assert " in cells[f"eq-{number}-code"].source
-        assert any("image/png" in output.get("data", {}) for output in cells[f"eq-{number}-plot"].outputs)
+        outputs = cells[f"eq-{number}-plot"].outputs
+        assert any("image/png" in output.get("data", {}) for output in outputs)
         assert "*Figure:" in cells[f"eq-{number}-figure"].source
         assert "What breaks if" in cells[f"eq-{number}-exercise"].source
         assert len(solutions(cells[f"eq-{number}-solution"].source)) == 1
-    assert "None of them is in `distcap.py`" in cells["eq-10"].source
+
+
+def test_equation_10_has_each_regularizer_with_its_source_and_a_value_by_hand():
+    cells = {cell.id: cell for cell in NOTEBOOK.cells}
+    assert r"\tag{10}" in cells["eq-10"].source
+    for name, sources in (
+        ("eq-10-kl", ["KL"]),
+        ("eq-10-cider-code", ["plain_words", "Cider"]),
+        ("eq-10-grammar-code", ["corrupt", "Grammar"]),
+    ):
+        assert shown(cells[name]) == sources
+        assert "by_hand" in cells[name].source and "assert " in cells[name].source
+
+
+@pytest.mark.parametrize("name", ["baseline-exact", "baseline-three-code"])
+def test_the_theorems_of_length_are_asserted_both_ways(name):
+    """A constant reward and a baseline are neutral with the sum, and not with the mean of each
+    caption, which an older notebook used while it said that they were."""
+    (cell,) = [cell for cell in CODE if cell.id == name]
+    asserted = [line for line in cell.source.split("\n") if line.lstrip().startswith("assert ")]
+    assert any("[2.0, " in line and "allclose" in line for line in asserted)
+    assert any("[None, " in line and ">" in line for line in asserted)
 
 
 def test_every_figure_has_words_for_those_who_do_not_see_it():
@@ -127,20 +187,32 @@ def executed():
     cells = []
     for cell in notebook.cells:
         cells.append(cell)
-        cells += [new_code_cell(code, id="solved") for code in solutions(cell.source) if cell.cell_type == "markdown"]
+        cells += [
+            new_code_cell(code, id="solved")
+            for code in solutions(cell.source)
+            if cell.cell_type == "markdown"
+        ]
     for number, cell in enumerate(cells):
         cell.id = f"{cell.id}-{number}"  # ids must differ
     notebook.cells = cells
-    client = NotebookClient(notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
+    client = NotebookClient(
+        notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # with models this small two gain little, and lose much on a busy machine
+        patch.setenv(
+            "OMP_NUM_THREADS", "1"
+        )  # with models this small two gain little, and lose much on a busy machine
         client.execute()
     return [cell for cell in cells if cell.cell_type == "code"]
 
 
 def test_it_runs_without_an_error_or_a_word_on_stderr(executed):
     outputs = [output for cell in executed for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [
+        output
+        for output in outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
 
 
 def test_every_solution_is_right_and_no_answer_is_given_beforehand(executed):
@@ -153,11 +225,15 @@ def test_every_solution_is_right_and_no_answer_is_given_beforehand(executed):
 def test_without_the_hub_the_last_chapter_says_so(executed):
     (cell,) = [cell for cell in executed if cell.id.startswith("hub-try")]
     said = "".join(texts(cell))
-    assert said.startswith("The Hub cannot be reached") or said.count("\n") == 6  # or it is in the cache
+    assert (
+        said.startswith("The Hub cannot be reached") or said.count("\n") == 6
+    )  # or it is in the cache
 
 
 def test_the_readme_shows_a_figure_of_the_committed_run():
     (cell,) = [cell for cell in CODE if cell.id == "after"]
-    (figure,) = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+    (figure,) = [
+        output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})
+    ]
     assert base64.b64decode(figure) == (ROOT / "tests" / "tutorial.png").read_bytes()
     assert "](tests/tutorial.png)" in (ROOT / "README.md").read_text()
