@@ -20,9 +20,9 @@ One step of training, from left to right and back:
            (log p: one forward pass)
 
 Sections 1 to 5 are the method, and can be read, imported and tested alone. They know no file, flag
-or model class: of the rest they use six methods of a captioner (encode, sample, greedy, tokenize,
-decode, log_probs) with its `pad`, and one of a CLIP (embed_captions) with its `logit_scale`.
-Sections 6 to 12 are the program.
+or model class: of the rest they use five methods of a captioner (encode, sample_and_greedy,
+tokenize, decode, log_probs) with its `pad`, and one of a CLIP (embed_captions) with its
+`logit_scale`. Sections 6 to 12 are the program.
 
 Shape letters, the same in every comment below:
     B images of a batch; K captions sampled for each image
@@ -48,6 +48,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import math
@@ -61,6 +62,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
+
+# Threads that spin while they wait for each other make a small model twenty times slower as soon as
+# another process wants a core. This must be said before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torch.nn.functional as F
@@ -415,8 +420,8 @@ class KL(Regularizer):
         passes over the pool that training itself does not need."""
         log_probs = []
         for captioner in (self.captioner, self.initial):
-            features = captioner.encode(batch.pixels)[rollout.image_index]
-            words, mask = captioner.log_probs(features, rollout.tokens)
+            features = captioner.encode(batch.pixels)
+            words, mask = captioner.log_probs(features, rollout.tokens, rollout.image_index)
             log_probs.append(caption_log_probs(words, mask, self.divisor))
         now, before = log_probs
         sampled_now, *_ = (now - before).split(rollout.sizes)
@@ -591,9 +596,9 @@ class Learner:
     def roll_out(self, features: Tensor, batch: Batch) -> Rollout:
         """Write the pool of captions and embed it. `features` (B, L, H) are those of the batch."""
         # Write: K samples and one greedy caption of each image. Read: what a person wrote.
-        sampled = self.captioner.sample(features, self.max_length, self.method.samples)
+        write = self.captioner.sample_and_greedy
+        sampled, greedy = write(features, self.max_length, self.method.samples)
         human = self.captioner.tokenize(batch.ground_truth, self.max_length)
-        greedy = self.captioner.greedy(features, self.max_length)
         sizes = (len(sampled), len(human), len(greedy))
 
         # The same as one block of tokens, as texts, and as embeddings.
@@ -673,8 +678,9 @@ class Learner:
         """
         sampled_count, human_count, _ = rollout.sizes
         scored = sampled_count + human_count
-        seen = features[rollout.image_index[:scored]]  # (K*B + B, L, H)
-        log_probs, mask = self.captioner.log_probs(seen, rollout.tokens[:scored])
+        tokens = rollout.tokens[:scored]
+        image_index = rollout.image_index[:scored]
+        log_probs, mask = self.captioner.log_probs(features, tokens, image_index)
         log_probs = caption_log_probs(log_probs, mask, self.divisor)  # (K*B + B,)
 
         sampled_loss = reinforce_loss(log_probs[:sampled_count], advantages[:sampled_count])
@@ -684,6 +690,18 @@ class Learner:
 
 
 # ---- 6  Captioner: encode once, then sample, search and score from the same features -------------
+def in_precision(method: Callable) -> Callable:
+    """Run a captioner's method in bf16 arithmetic if its `bf16` says so. Weights stay in fp32."""
+
+    @functools.wraps(method)
+    def run(captioner: Captioner, *arguments, **options):
+        device = captioner.model.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=captioner.bf16):
+            return method(captioner, *arguments, **options)
+
+    return run
+
+
 class Captioner(nn.Module):
     """A captioner p(c|i) with its preprocessing: BLIP. EncoderDecoder and GIT say what differs.
 
@@ -691,6 +709,7 @@ class Captioner(nn.Module):
     the model, never scored and never shown), then the words, an end token, and padding."""
 
     default_prompt = "a picture of"  # what a BLIP that comes without a prompt learned to continue
+    bf16 = False
 
     def __init__(self, model: nn.Module, image_processor, tokenizer, prompt: str | None = None):
         from transformers import GenerationConfig
@@ -698,6 +717,7 @@ class Captioner(nn.Module):
         super().__init__()
         self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
         self.pixels = functools.partial(prepare_pixels, image_processor)
+        self.side = max(dict(image_processor.size).values())  # in pixels
         start, self.end, self.pad = self.special_tokens()
         if prompt is None:
             prompt = getattr(model.config, "prompt", self.default_prompt)
@@ -706,6 +726,10 @@ class Captioner(nn.Module):
         decoder = model.config.get_text_config(decoder=True)
         self.longest = decoder.max_position_embeddings - len(self.start)
 
+        known = inspect.signature(self.writer.forward).parameters
+        self.cache_name = (
+            "cache" if "cache" in known else "past_key_values"
+        )  # of transformers < 5.24
         # The checkpoint's own generation settings (top-k, penalties, ...) would bias the samples.
         ids = dict(decoder_start_token_id=start, eos_token_id=self.end, pad_token_id=self.pad)
         self.writer.generation_config = GenerationConfig(**ids)
@@ -720,10 +744,27 @@ class Captioner(nn.Module):
         """The part of the model that writes."""
         return self.model.text_decoder
 
-    def inputs(self, features: Tensor, tokens: Tensor) -> dict:
-        """The writer's arguments: what it sees of the images, and the tokens so far."""
-        return {"input_ids": tokens, "encoder_hidden_states": features}
+    def inputs(self, features: Tensor, tokens: Tensor, image_index: Tensor, share=True) -> dict:
+        """The writer's arguments: the tokens so far (C, P + T), and what it sees of their images.
 
+        Cross-attention's keys and values are the image's, whatever the caption. To `share` them is
+        to compute them once for each of the B images, in a cache that the writer finds filled."""
+        if not share:
+            return {"input_ids": tokens, "encoder_hidden_states": features[image_index]}
+        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        for number, layer in enumerate(self.writer.bert.encoder.layer):
+            attention = layer.crossattention.self
+            rows = []
+            for project in (attention.key, attention.value):
+                heads = project(features).unflatten(2, (attention.num_attention_heads, -1))
+                rows.append(heads.transpose(1, 2)[image_index])  # (C, heads, L, H / heads)
+            cache.cross_attention_cache.update(*rows, number)
+            cache.is_updated[number] = True
+        return {"input_ids": tokens, "encoder_hidden_states": features, self.cache_name: cache}
+
+    @in_precision
     def encode(self, pixels: Tensor) -> Tensor:
         """Features of images: (B, 3, height, width) -> (B, L, H). All that follows starts here."""
         return self.model.vision_model(pixels.to(self.model.device)).last_hidden_state
@@ -780,31 +821,54 @@ class Captioner(nn.Module):
         p(c|i) itself unless told otherwise: REINFORCE needs that, and generate's default of the 50
         likeliest tokens would break it. `limits` are generate's, as min_new_tokens."""
         drawing = dict(do_sample=True, top_k=0, top_p=top_p, temperature=temperature)
-        return self.generate(features, max_length, num_return_sequences=count, **drawing, **limits)
+        return self.generate(features, max_length, count, **drawing, **limits)
 
     def greedy(self, features: Tensor, max_length: int) -> Tensor:
         """Of each image the caption whose every token is the likeliest: (B, L, H) -> (B, P + T)."""
         return self.search(features, max_length)
+
+    def sample_and_greedy(self, features: Tensor, max_length: int, count: int) -> tuple:
+        """The same two, (K*B, P + T) and (B, P + T), in one decoding pass: of the K + 1 captions of
+        each image that are sampled together, the last may only choose its likeliest token."""
+
+        def last_is_greedy(tokens: Tensor, logits: Tensor) -> Tensor:  # (B * (K + 1), V)
+            last = logits[count :: count + 1]
+            best = last.argmax(dim=1, keepdim=True)
+            last.fill_(-torch.inf).scatter_(1, best, 0.0)
+            return logits
+
+        processors = [last_is_greedy]
+        tokens = self.sample(features, max_length, count + 1, logits_processor=processors)
+        tokens = tokens.view(len(features), count + 1, -1)
+        return tokens[:, :-1].flatten(0, 1), tokens[:, -1]
 
     def search(self, features: Tensor, max_length: int, beams: int = 1, **limits) -> Tensor:
         """Beam search for a likely caption of each image: (B, L, H) -> (B, P + T)."""
         return self.generate(features, max_length, do_sample=False, num_beams=beams, **limits)
 
     @torch.no_grad()
-    def generate(self, features: Tensor, max_length: int, **options) -> Tensor:
+    @in_precision
+    def generate(self, features: Tensor, max_length: int, count: int = 1, **options) -> Tensor:
         """The one call of transformers' generate. At most `max_length` tokens follow the start."""
-        start = torch.tensor([self.start] * len(features), device=self.model.device)  # (B, P)
-        options |= self.inputs(features, start)
+        own = torch.arange(len(features), device=self.model.device).repeat_interleave(count)
+        start = torch.tensor([self.start] * len(own), device=self.model.device)  # (K*B, P)
+        share = options.get("num_beams", 1) == 1  # a beam search reorders a cache of its own
+        options |= self.inputs(features, start, own, share)
         return self.writer.generate(**options, max_new_tokens=max_length)
 
-    def log_probs(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    @in_precision
+    def log_probs(self, features: Tensor, tokens: Tensor,
+                  image_index: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """log p of each token after the start, given those before it, in nats; and the mask:
-        (C, L, H), (C, P + T) -> (C, T), (C, T). Differentiable down to the pixels. What stands
+        (B, L, H), (C, P + T), (C,) -> (C, T), (C, T). `image_index` tells each caption's image; if
+        not given, there is one caption of each. Differentiable down to the pixels. What stands
         where the mask is 0 means nothing."""
+        if image_index is None:
+            image_index = torch.arange(len(tokens), device=tokens.device)
         words = tokens[:, len(self.start) :]  # (C, T)
-        logits = self.writer(**self.inputs(features, tokens[:, :-1])).logits
+        logits = self.writer(**self.inputs(features, tokens[:, :-1], image_index)).logits
         logits = logits[:, -words.shape[1] :]  # (C, T, V): each predicts the token after it
-        log_probs = logits.log_softmax(dim=-1).gather(2, words[:, :, None]).squeeze(2)
+        log_probs = logits.float().log_softmax(dim=-1).gather(2, words[:, :, None]).squeeze(2)
         return log_probs, self.mask(tokens)
 
     def mask(self, tokens: Tensor) -> Tensor:
@@ -830,12 +894,14 @@ class EncoderDecoder(Captioner):
         """The whole model: given features, it does not encode again."""
         return self.model
 
-    def inputs(self, features: Tensor, tokens: Tensor) -> dict:
-        """The writer's arguments."""
+    def inputs(self, features: Tensor, tokens: Tensor, image_index: Tensor, share=True) -> dict:
+        """The writer's arguments. Decoders differ too much to share anything."""
         from transformers.modeling_outputs import BaseModelOutput
 
-        return {"decoder_input_ids": tokens, "encoder_outputs": BaseModelOutput(features)}
+        seen = BaseModelOutput(features[image_index])
+        return {"decoder_input_ids": tokens, "encoder_outputs": seen}
 
+    @in_precision
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, height, width) -> (B, L, H)."""
         return self.model.encoder(pixels.to(self.model.device)).last_hidden_state
@@ -856,10 +922,11 @@ class GIT(Captioner):
         """The whole model, which encodes the image anew each time."""
         return self.model
 
-    def inputs(self, features: Tensor, tokens: Tensor) -> dict:
+    def inputs(self, features: Tensor, tokens: Tensor, image_index: Tensor, share=True) -> dict:
         """The writer's arguments."""
-        return {"input_ids": tokens, "pixel_values": features}
+        return {"input_ids": tokens, "pixel_values": features[image_index]}
 
+    @in_precision
     def encode(self, pixels: Tensor) -> Tensor:
         """The pixels themselves: there is nothing to reuse."""
         return pixels.to(self.model.device)
@@ -892,12 +959,14 @@ def download(name: str, kinds: Sequence[str]) -> Path:
     """A repository of the Hub, from the cache if it cannot be reached: its small files, and its
     weights of the first of `kinds` that it offers. Raises ValueError if it offers none."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     unreachable = None
     try:  # unlike other calls, this one does not try for half a minute where there is no network
         files = [file.rfilename for file in HfApi().model_info(name, timeout=10).siblings]
         kinds = [kind for kind in kinds if any(Path(file).match(kind) for file in files)][:1]
+    except RepositoryNotFoundError:
+        raise ValueError("no such repository, or one that needs a login") from None
     except Exception as error:  # whatever it is, the cache may hold the files
         unreachable = error
     bar = functools.partial(tqdm, disable=None, leave=False)  # on a terminal only
@@ -922,6 +991,9 @@ class CLIP:
         self.model = model.eval().to(device)  # open_clip returns it in training mode
         self.tokenizer, self.device = tokenizer, device
         self.pixels = functools.partial(stack_pixels, preprocess)
+        self.side = int(
+            torch.tensor(model.visual.image_size).max()
+        )  # a number, or height and width
         self.logit_scale = model.logit_scale.exp().item()  # s of Eq. 6
 
     @classmethod
@@ -956,7 +1028,7 @@ class CLIP:
 
     def embed_images(self, images: Iterable[Path | Image.Image], workers: int = 0) -> Tensor:
         """Pictures as unit rows (N, D). Raises UserError for one that cannot be read."""
-        batches = PictureBatches(list(images), [self.pixels], batch_size=64)
+        batches = PictureBatches(list(images), [self.pixels], 64, self.side)
         rows = []
         for batch in read_ahead(batches, range(len(batches)), workers):
             batch.raise_failure()
@@ -968,8 +1040,19 @@ class CLIP:
         """Captions as unit rows (C, D). Equal captions are embedded once, so that they tie."""
         row_of = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
         tokens = [self.tokenizer(texts) for texts in batched(list(row_of), batch_size)]
-        rows = [self.model.encode_text(each.to(self.device), normalize=True) for each in tokens]
+        rows = [self.encode_tokens(each.to(self.device)) for each in tokens]
         return torch.cat(rows)[[row_of[caption] for caption in captions]]
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens as unit rows. OpenAI's kind of text tower is causal and pools at the end token, so
+        it need not read the padding after it, which is most of its 77 tokens."""
+        model = self.model
+        if type(model).__name__ != "CLIP" or getattr(model, "text_pool_type", "") != "argmax":
+            return model.encode_text(tokens, normalize=True)
+        length = int(tokens.argmax(dim=1).max()) + 1  # the end token has the highest id
+        shorter = {"positional_embedding": model.positional_embedding[:length]}
+        shorter["attn_mask"] = model.attn_mask[:length, :length]
+        return torch.func.functional_call(model, shorter, (None, tokens[:, :length]))[1]
 
 
 def stack_pixels(preprocess: Callable, pictures: Sequence[Image.Image]) -> Tensor:
@@ -991,13 +1074,18 @@ class Example:
 SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-def load_image(image: Path | Image.Image) -> Image.Image:
+def load_image(image: Path | Image.Image, side: int | None = None) -> Image.Image:
     """Any picture as upright RGB: EXIF rotation is applied, transparency becomes white, 16 bits are
-    scaled to 8, of a film the first frame is taken. Raises UserError for what cannot be read."""
+    scaled to 8, of a film the first frame is taken. Raises UserError for what cannot be read.
+
+    For a model that wants pictures of `side` pixels, a JPEG may be decoded at a half, a quarter or
+    an eighth of its size, which is much faster, but never at less than twice what is wanted."""
     with explain(f"{image}: cannot be read"):
         if isinstance(image, Path) and not image.is_file():
             raise OSError("no such file")  # a pipe or a device would be waited for
         picture = Image.open(image) if isinstance(image, Path) else image
+        if side:
+            picture.draft(None, (2 * side, 2 * side))  # nothing happens but to a JPEG
         picture.load()  # a truncated file fails here, not later
         picture = ImageOps.exif_transpose(picture)
         if picture.mode[0] in "IF":  # 16 or 32 bits or floats: convert would clip them to white
@@ -1119,8 +1207,9 @@ class CaptionDataset(torch.utils.data.Dataset):
     """Examples to learn from. Item [(row, which), ...] is a whole Batch, ready for the captioner.
     Pictures that are in memory already, as those of the toy world, are prepared once for all."""
 
-    def __init__(self, examples: Sequence[Example], prepare: Callable) -> None:
-        self.examples, self.prepare = examples, prepare  # pictures -> (B, 3, height, width)
+    def __init__(self, examples: Sequence[Example], prepare: Callable, side: int | None = None):
+        self.examples, self.side = examples, side
+        self.prepare = prepare  # pictures -> (B, 3, height, width)
         self.prepared = None
         images = [example.image for example in examples]
         if all(isinstance(image, Image.Image) for image in images):
@@ -1132,7 +1221,7 @@ class CaptionDataset(torch.utils.data.Dataset):
         if self.prepared is not None:
             return Batch(torch.tensor(rows), ground_truth, self.prepared[rows])
         try:
-            pictures = [load_image(self.examples[row].image) for row in rows]
+            pictures = [load_image(self.examples[row].image, self.side) for row in rows]
         except UserError as error:  # returned, since a worker process would wrap what it raises
             return error
         return Batch(torch.tensor(rows), ground_truth, self.prepare(pictures))
@@ -1154,8 +1243,10 @@ class PictureBatches(torch.utils.data.Dataset):
     """Pictures to look at. Item n is the n-th batch of them, a PictureBatch.
     `prepare` lists the ways to make pixels of pictures: the captioner's, CLIP's, or both."""
 
-    def __init__(self, images: Sequence, prepare: Sequence[Callable], batch_size: int) -> None:
+    def __init__(self, images: Sequence, prepare: Sequence[Callable], batch_size: int,
+                 side: int | None = None) -> None:  # fmt: skip
         self.batches, self.prepare = list(batched(images, batch_size)), prepare
+        self.side = side
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -1164,7 +1255,7 @@ class PictureBatches(torch.utils.data.Dataset):
         pictures, failures = [], []
         for image in self.batches[number]:
             try:
-                pictures.append(load_image(image))
+                pictures.append(load_image(image, self.side))
                 failures.append(None)
             except UserError as error:
                 failures.append(error)
@@ -1189,11 +1280,13 @@ def fit(stage: str, model: nn.Module, step: Callable, batches: Iterable, steps: 
     `step` takes a batch and returns the loss and what to log. `model` learns by AdamW with a
     one-cycle learning rate; a regularizer's `network`, if any, by AdamW at a rate of its own.
     Raises UserError when ten steps in a row were not finite."""
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]
+    fused = dict(fused=config.device != "mps")
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate, **fused)]
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], learning_rate, max(steps, 2))
     learned = list(network.parameters()) if network else []
     if learned:
-        optimizers.append(torch.optim.AdamW(learned, lr=config.discriminator_learning_rate))
+        rate = config.discriminator_learning_rate
+        optimizers.append(torch.optim.AdamW(learned, lr=rate, **fused))
 
     model.train(stage != "rl")  # RL without dropout: score the policy that was sampled from
     bar = tqdm(batches, stage, steps, disable=None)
@@ -1512,6 +1605,7 @@ class Decoding:
     max_length: int = flag(20, "most tokens in a caption", number(1))
     batch_size: int = flag(64, "pictures in a batch", number(1))
     workers: int = flag(2, "processes that read pictures while the model works", number(0))
+    precision: str = flag("fp32", "arithmetic of the captioner", ("fp32", "bf16"))
     seed: int = flag(0, "seed of everything random", number(0, 2**32 - 1))
     device: str = flag("auto", "cpu, cuda, cuda:1, mps, or auto")
 
@@ -1566,7 +1660,7 @@ class EvalConfig(Decoding):
 
 # What the toy world changes; everything else is as for photographs.
 TOY = dict(captioner=None, similarity_weight=0.99, ground_truth_weight=2.0, tf_steps=600,
-           tf_learning_rate=2e-3, steps=400, learning_rate=6e-4,
+           tf_learning_rate=2e-3, steps=250, learning_rate=6e-4,
            discriminator_learning_rate=1e-3, train_size=8000, workers=0)
 # fmt: on
 
@@ -1615,7 +1709,8 @@ def learn(captioner: Captioner, clip: CLIP, training: Sequence[Example], test: S
     """Teacher forcing (Eq. 1), then reinforcement learning (Eq. 2 to 10). Returns captions of the
     test pictures before and after RL; with `--objective tf`, before and after teacher forcing."""
     images = [example.image for example in test]
-    dataset = CaptionDataset(training, captioner.pixels)
+    captioner.bf16 = config.precision == "bf16"
+    dataset = CaptionDataset(training, captioner.pixels, captioner.side)
     learner = Learner(captioner, clip, config, config.max_length)
 
     def write() -> list[str]:
@@ -1659,7 +1754,8 @@ def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], c
     """The captions of each picture, in order. `write` makes tokens (K*B, P + T) of features.
     With a `clip`, of each picture's K captions the one that best tells it from its batch."""
     prepare = [captioner.pixels] + ([clip.pixels] if clip else [])
-    batches = PictureBatches(images, prepare, config.batch_size)
+    side = max(captioner.side, clip.side if clip else 0)
+    batches = PictureBatches(images, prepare, config.batch_size, side)
     bar = tqdm(total=len(images), desc="caption", disable=None)
     for number, batch in enumerate(read_ahead(batches, range(len(batches)), config.workers)):
         torch.manual_seed(config.seed * 1_000_003 + number)
@@ -1710,6 +1806,7 @@ def load_models(config: Decoding, with_clip: bool = True) -> tuple[Captioner, CL
     """The captioner that the flags name and, if it is wanted, the CLIP."""
     captioner = Captioner.load(config.captioner, config.device, config.prompt)
     captioner.check_length(config.max_length)
+    captioner.bf16 = config.precision == "bf16"
     return captioner, CLIP.load(clip_name(config), config.device) if with_clip else None
 
 
@@ -1795,6 +1892,8 @@ def ignored_flags(config: Decoding) -> dict[str, str]:
             ignored["tf_learning_rate"] = "tf_steps"
         if config.data != "toy" or config.captioner:
             ignored["clip_steps"] = "captioner"
+        elif not config.captioner:
+            ignored["prompt"] = "captioner"
     return ignored
 
 
@@ -1804,8 +1903,11 @@ def check(config: Decoding, given: set[str]) -> None:
         torch.empty(0, device=config.device)
     for name, reason in ignored_flags(config).items():
         if name in given:
-            setting = f"--{reason.replace('_', '-')} {getattr(config, reason)}"
-            raise UserError(f"--{name.replace('_', '-')}: changes nothing with {setting}")
+            value = getattr(config, reason)
+            setting = f"with --{reason.replace('_', '-')} {value}"
+            if value is None or isinstance(value, bool):
+                setting = f"{'with' if value else 'without'} --{reason.replace('_', '-')}"
+            raise UserError(f"--{name.replace('_', '-')}: changes nothing {setting}")
 
     if isinstance(config, TrainConfig):
         if config.objective == "tf" and config.tf_steps == 0:

@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -136,3 +138,45 @@ def test_a_clip_cut_short_is_one_line(folder, tmp_path):
 def test_a_folder_that_is_no_clip_is_refused(tmp_path):
     with pytest.raises(distcap.UserError, match="not a checkpoint"):
         distcap.CLIP.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("length", [22, 77])
+def test_padding_that_is_not_read_changes_no_embedding(length):
+    """A tower like OpenAI's, for 22 or 77 tokens: as open_clip's own encode_text, to rounding."""
+    import open_clip
+
+    torch.manual_seed(0)
+    tower = dict(width=32, layers=2)
+    text = dict(tower, heads=2, context_length=length, vocab_size=50)
+    vision = dict(tower, head_width=16, image_size=16, patch_size=8)
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval()
+    torch.nn.init.normal_(model.positional_embedding)
+    clip = distcap.CLIP(model, preprocess=None, tokenizer=None)
+    tokens = torch.zeros(5, length, dtype=torch.long)
+    for row, words in enumerate((1, 4, 9, 12, 3)):
+        tokens[row, : words + 1] = torch.randint(1, 48, (words + 1,))
+        tokens[row, words + 1] = 49  # the end has the highest id
+    with torch.no_grad():
+        whole = model.encode_text(tokens, normalize=True)
+        found = clip.encode_tokens(tokens)
+        torch.testing.assert_close(found, whole, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            clip.encode_tokens(tokens[1:2]), whole[1:2], atol=1e-6, rtol=1e-5
+        )
+
+
+def test_another_kind_of_text_tower_is_read_whole():
+    """CoCa and the towers of Hugging Face pool elsewhere: they go open_clip's own way."""
+
+    class Other(torch.nn.Module):
+        logit_scale = torch.tensor(1.0)
+        visual = SimpleNamespace(image_size=(8, 16))
+
+        def encode_text(self, tokens, normalize):
+            assert normalize
+            return tokens.float()
+
+    tokens = torch.tensor([[3, 9, 0, 0]])
+    clip = distcap.CLIP(Other(), preprocess=None, tokenizer=None)
+    assert clip.side == 16
+    assert clip.encode_tokens(tokens).equal(tokens.float())

@@ -608,7 +608,7 @@ def test_a_flag_has_the_last_word_over_the_toy_world(run):
     arguments = "train --recipe scst --tf-steps 0 --captioner x --similarity-weight 0.25".split()
     _, config, given = distcap.parse_arguments(arguments)
     assert (config.tf_steps, config.captioner, config.similarity_weight) == (0, "x", 0.25)
-    assert (config.steps, config.regularizer) == (400, "cider")
+    assert (config.steps, config.regularizer) == (distcap.TOY["steps"], "cider")
     assert given == {"recipe", "tf_steps", "captioner", "similarity_weight"}
 
 

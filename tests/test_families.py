@@ -271,3 +271,67 @@ def test_a_checkpoint_cut_short_is_one_line(folder, tmp_path, capsys):
     assert distcap.main(command) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"{tmp_path}: cannot load this captioner" in error
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_samples_and_greedy_captions_come_from_one_pass(captioner, features, count):
+    """The greedy rows are `greedy`'s; the sampled ones come image by image, and of equal draws."""
+    greedy = captioner.decode(captioner.greedy(features, 12))
+    torch.manual_seed(5)
+    sampled, together = captioner.sample_and_greedy(features, 12, count)
+    assert captioner.decode(together) == greedy
+    assert len(sampled) == 4 * count and len(together) == 4
+    torch.manual_seed(5)
+    again, _ = captioner.sample_and_greedy(features, 12, count)
+    assert torch.equal(sampled, again)
+    assert captioner.decode(sampled) != captioner.decode(together.repeat_interleave(count, dim=0))
+
+
+def test_samples_beside_a_greedy_caption_are_distributed_as_p(captioner, features):
+    """Chi-square over the first token: 2,000 draws of one image against its exact distribution."""
+    torch.manual_seed(0)
+    sampled, _ = captioner.sample_and_greedy(features[:1], 1, 2000)
+    prefix = len(captioner.start)
+    start = torch.tensor([[*captioner.start, captioner.end]])
+    with torch.no_grad():
+        inputs = captioner.inputs(features[:1], start[:, :-1], torch.tensor([0]))
+        p = captioner.writer(**inputs).logits[0, -1].softmax(dim=-1)
+    counts = torch.bincount(sampled[:, prefix], minlength=len(p)).float()
+    common = p * 2000 >= 5  # the rare ones together
+    seen = torch.cat([counts[common], counts[~common].sum()[None]])
+    expected = 2000 * torch.cat([p[common], p[~common].sum()[None]])
+    kept = expected > 1e-6
+    statistic = ((seen - expected)[kept] ** 2 / expected[kept]).sum().item()
+    freedom = int(kept.sum()) - 1
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5 + 4
+
+
+def test_what_captions_of_one_image_share_changes_no_number(captioner, images):
+    """Cross-attention's keys and values once an image: log-probabilities and gradients as with a
+    row of features for each caption."""
+    tokens = captioner.tokenize(["a dog", "the cat on a hat", "a red dog", "cats", "a hat"], 40)
+    image_index = torch.tensor([2, 0, 2, 1, 2])
+
+    def score(share):
+        captioner.zero_grad()
+        features = captioner.encode(captioner.pixels(images[:3]))
+        if share:
+            log_probs, mask = captioner.log_probs(features, tokens, image_index)
+        else:
+            inputs = captioner.inputs(features, tokens[:, :-1], image_index, share=False)
+            words = tokens[:, len(captioner.start) :, None]
+            logits = captioner.writer(**inputs).logits[:, -words.shape[1] :]
+            log_probs, mask = (
+                logits.log_softmax(dim=-1).gather(2, words).squeeze(2),
+                captioner.mask(tokens),
+            )
+        (log_probs * mask).sum().backward()
+        named = captioner.named_parameters()
+        return log_probs * mask, {name: p.grad for name, p in named if p.grad is not None}
+
+    (shared, gradients), (single, twin) = score(True), score(False)
+    torch.testing.assert_close(shared, single, atol=1e-5, rtol=1e-5)
+    assert gradients.keys() == twin.keys()
+    for name, gradient in gradients.items():
+        gradient, other = gradient.clone(), twin[name]
+        torch.testing.assert_close(gradient, other, atol=1e-4, rtol=1e-3)

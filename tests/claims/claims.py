@@ -165,10 +165,11 @@ def keep_rewards(rewards: torch.Tensor) -> torch.Tensor:
     return rewards
 
 
-def search_instead(captioner, features, max_length, count=1, **options) -> torch.Tensor:
-    """In the place of `Captioner.sample`: the best of a beam search of 5."""
+def search_instead(captioner, features, max_length, count) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of `Captioner.sample_and_greedy`: the best of a beam search of 5 for a sample."""
     assert count == 1, "a beam search has one best caption"
-    return captioner.search(features, max_length, beams=5)
+    searched = captioner.search(features, max_length, beams=5)
+    return searched, captioner.greedy(features, max_length)
 
 
 def compete_without_greedy(learner, rollout, batch) -> torch.Tensor:
@@ -194,7 +195,7 @@ def departures() -> dict[str, tuple]:
     rows = {
         "not centred": (distcap, "centred_advantages", keep_rewards),
         "negative ground truth not clamped": (distcap, "ground_truth_loss", distcap.reinforce_loss),
-        "beam search for a sample": (distcap.Captioner, "sample", search_instead),
+        "beam search for a sample": (distcap.Captioner, "sample_and_greedy", search_instead),
         "greedy captions out of the pool": (learner, "similarity_rewards", compete_without_greedy),
     }
     return {f"the full method, {name}": patch for name, patch in rows.items()}
