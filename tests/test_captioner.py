@@ -216,3 +216,41 @@ def test_loading_explains_what_is_wrong(tmp_path):
     assert "cannot load" in complaint(str(tmp_path))
     assert "Hub" in complaint("someone/no-such-captioner")
     assert "Hub" in complaint("not a/valid/name")
+
+
+def test_bf16_changes_the_arithmetic_and_no_weight(world):
+    """Log-probabilities, weights and gradients stay in fp32."""
+    captioner = distcap.toy_captioner(0).eval()
+    pixels = captioner.pixels([example.image for example in world[:4]])
+    tokens = captioner.tokenize([example.references[0] for example in world[:4]], 20)
+
+    def score():
+        features = captioner.encode(pixels)
+        log_probs, mask = captioner.log_probs(features, tokens)
+        return features, (log_probs * mask).detach()
+
+    features, exact = score()
+    captioner.bf16 = True
+    rounded, found = score()
+    assert not rounded.equal(features) and not found.equal(exact)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, atol=0.15, rtol=0.05)
+    sampled, greedy = captioner.sample_and_greedy(rounded, 9, 2)
+    assert len(sampled) == 8 and len(greedy) == 4
+    captioner.log_probs(rounded, tokens)[0].sum().backward()
+    assert all(p.dtype == torch.float32 for p in captioner.parameters())
+    gradients = [p.grad for p in captioner.parameters() if p.grad is not None]
+    assert gradients and all(grad.dtype == torch.float32 for grad in gradients)
+
+
+def test_a_step_in_bf16_judges_in_fp32(learn):
+    learner, batch = learn()
+    learner.captioner.bf16 = True
+    rollout = learner.roll_out(learner.captioner.encode(batch.pixels), batch)
+    advantages, _, _ = learner.judge(rollout, batch)
+    assert rollout.caption_embeddings.dtype == advantages.dtype == torch.float32
+    embeddings = learner.clip.embed_captions(rollout.captions)
+    assert rollout.caption_embeddings.equal(embeddings)  # the same without the captioner
+    loss, _ = learner.reinforce_step(batch)
+    loss.backward()
+    assert loss.isfinite() and loss.dtype == torch.float32

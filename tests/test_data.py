@@ -347,3 +347,39 @@ def test_a_worker_can_be_given_what_it_needs_without_the_models(on_disk, caption
         assert len(packed) < 50_000
         again, wanted = pickle.loads(packed)[key].pixels, dataset[key].pixels
         assert all(torch.equal(one, two) for one, two in zip(again, wanted, strict=True))
+
+
+def photograph(path, size, **how):
+    """A JPEG with detail at every scale: noise that was smoothed little and much, added up."""
+    rng, height, width = numpy.random.default_rng(0), size[1], size[0]
+    picture = numpy.zeros((height, width, 3))
+    for cells in (4, 16, 64, 256):
+        coarse = Image.fromarray(rng.integers(0, 255, (cells, cells, 3), dtype=numpy.uint8))
+        picture += numpy.asarray(coarse.resize(size, Image.Resampling.BICUBIC)) / 4
+    Image.fromarray(picture.astype(numpy.uint8)).save(path, quality=90, **how)
+    return path
+
+
+def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path):
+    """At twice the model's size or more; once resized to it, pixels differ by a grey level or two,
+    which is what two kinds of resizing differ by."""
+    path, side = photograph(tmp_path / "large.jpg", (2400, 1600)), 384
+    small, whole = distcap.load_image(path, side), distcap.load_image(path)
+    assert whole.size == (2400, 1600) and small.size == (1200, 800)
+    assert min(small.size) >= 2 * side
+    bicubic = Image.Resampling.BICUBIC
+    pair = [each.resize((side, side), bicubic) for each in (small, whole)]
+    small, whole = (numpy.asarray(each).astype(int) for each in pair)
+    assert abs(small - whole).mean() < 1 and abs(small - whole).max() <= 8
+
+
+def test_other_pictures_are_read_in_full_and_turned_as_before(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = photograph(tmp_path / "turned.jpg", (1600, 1000), exif=exif)
+    assert distcap.load_image(path, 100).size == (250, 400)
+    Image.new("RGB", (900, 600)).save(tmp_path / "a.png")
+    assert distcap.load_image(tmp_path / "a.png", 32).size == (900, 600)
+    Image.new("RGB", (90, 60)).save(tmp_path / "small.jpg")
+    assert distcap.load_image(tmp_path / "small.jpg", 384).size == (90, 60)
+    assert distcap.load_image(Image.new("L", (90, 60)), 32).size == (90, 60)  # in memory

@@ -1,4 +1,4 @@
-"""Regularisers: the discriminator (Eq. 4), KL, CIDEr and grammar (Eq. 10), behind one interface."""
+"""Regularizers: the discriminator (Eq. 4), KL, CIDEr and grammar (Eq. 10), behind one interface."""
 
 import copy
 import math

@@ -37,7 +37,7 @@ BROKEN = ("loss", "gradient", "reward", "discriminator", "discriminator's gradie
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_step_that_is_not_finite_changes_nothing_at_all(what):
-    """Neither model nor regularizer nor the state of their optimisers: four steps, of which the
+    """Neither model nor regularizer nor the state of their optimizers: four steps, of which the
     second is broken, leave what three steps leave. Bug of the first edition: the discriminator
     had stepped before the check, and one NaN in an embedding poisoned it for good."""
 
@@ -72,7 +72,7 @@ def test_a_step_that_is_not_finite_changes_nothing_at_all(what):
     assert weights[0] != weights[1]
 
 
-def test_the_optimisers_state_survives_a_broken_step():
+def test_the_optimizers_state_survives_a_broken_step():
     """Adam's moments too: with a constant rate, three good steps are three good steps."""
 
     def run(batches):

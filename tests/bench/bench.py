@@ -8,10 +8,12 @@
 
 caption: distcap  `write_captions` over a list of files: read, resize, encode, generate, decode
          plain    transformers' BLIP, one picture at a time
-         floor    encode and generate alone, in batches like distcap's, on pixels that are in
+         model    encode and generate alone, in batches like distcap's, on pixels that are in
                   memory already
+         reading  read and resize alone, in worker processes like distcap's
 train:   distcap  `Learner.reinforce_step`, gradient and update: the image encoded once, one pass
                   for both terms
+         bf16     the same with `--precision bf16`
          scripts  the same terms the way the authors' scripts go about it: a beam search of 5,
                   greedy search, and a pass for each term, and the image encoded anew for each of
                   the four
@@ -28,6 +30,8 @@ OMP_WAIT_POLICY=passive: else torch's threads spin while they wait for each othe
 import argparse
 import io
 import os
+import resource
+import shutil
 import statistics
 import tempfile
 import time
@@ -61,15 +65,18 @@ Seconds = dict[str, list[tuple[float, float]]]  # of each contestant and round: 
 
 
 # ---- What all of them work on --------------------------------------------------------------------
-def draw_pictures(folder: Path, count: int) -> list[Path]:
-    """JPEG files of mixed sizes, from 200 to 1600 pixels: gradients under noise, about as hard to
-    decode as photos."""
+def draw_pictures(folder: Path, count: int, megapixels: float) -> list[Path]:
+    """JPEG files of this size: gradients under noise, about as hard to decode as photographs. Eight
+    are drawn, the rest are copies."""
     rng = np.random.default_rng(0)
+    height, width = round((megapixels * 0.75e6) ** 0.5), round((megapixels * 1e6 / 0.75) ** 0.5)
+    across = np.linspace(0, 1, width)[None, :, None]
+    down = np.linspace(0, 1, height)[:, None, None]
     paths = [folder / f"{number:04d}.jpg" for number in range(count)]
-    for path in paths:
-        height, width = rng.integers(200, 1601, size=2)
-        across = np.linspace(0, 1, width)[None, :, None]
-        down = np.linspace(0, 1, height)[:, None, None]
+    for number, path in enumerate(paths):
+        if number >= 8:
+            shutil.copy(paths[number % 8], path)
+            continue
         colours = rng.uniform(0, 255, size=(3, 3))
         gradient = (colours[0] + across * colours[1] + down * colours[2]) / 2
         picture = gradient + rng.normal(0, 10, (height, width, 1))
@@ -161,7 +168,8 @@ def bench_caption(checkpoint: str, paths: list[Path], batch_size: int, rounds: i
     processor = BlipProcessor.from_pretrained(checkpoint)
     batches = []
     for some in distcap.batched(paths, batch_size):
-        batches.append(captioner.pixels([distcap.load_image(path) for path in some]))
+        pictures = [distcap.load_image(path, captioner.side) for path in some]
+        batches.append(captioner.pixels(pictures))
 
     def write(features: torch.Tensor) -> torch.Tensor:
         return captioner.search(features, LENGTH, beams=BEAMS)
@@ -183,13 +191,22 @@ def bench_caption(checkpoint: str, paths: list[Path], batch_size: int, rounds: i
         check_work(captions, len(some))
 
     @torch.no_grad()
-    def run_floor(warm_up: bool) -> None:
+    def run_model(warm_up: bool) -> None:
         some = [batches[0][:2]] if warm_up else batches
         tokens = [write(captioner.encode(pixels)) for pixels in some]
         captions = [caption for each in tokens for caption in captioner.decode(each)]
         check_work(captions, sum(len(pixels) for pixels in some))
 
-    contestants = dict(distcap=run_distcap, plain=run_plain, floor=run_floor)
+    def run_reading(warm_up: bool) -> None:
+        some = paths[:2] if warm_up else paths
+        pictures = distcap.PictureBatches(some, [captioner.pixels], batch_size, captioner.side)
+        order = range(len(pictures))
+        read = [
+            len(batch.pixels[0]) for batch in distcap.read_ahead(pictures, order, config.workers)
+        ]
+        assert sum(read) == len(some)
+
+    contestants = dict(distcap=run_distcap, plain=run_plain, model=run_model, reading=run_reading)
     return take_turns(contestants, rounds)
 
 
@@ -232,6 +249,12 @@ def bench_train(checkpoint: str, batch_size: int, rounds: int) -> Seconds:
         loss, _ = learner.reinforce_step(batch)
         return loss
 
+    def loss_bf16() -> torch.Tensor:
+        captioner.bf16 = True
+        loss, _ = learner.reinforce_step(batch)
+        captioner.bf16 = False
+        return loss
+
     def loss_scripts() -> torch.Tensor:
         with torch.no_grad():
             searched = captioner.search(captioner.encode(batch.pixels), LENGTH, beams=5)
@@ -260,45 +283,42 @@ def bench_train(checkpoint: str, batch_size: int, rounds: int) -> Seconds:
 
         return run
 
-    losses = dict(distcap=loss_distcap, scripts=loss_scripts, floor=loss_floor)
+    losses = dict(distcap=loss_distcap, bf16=loss_bf16, scripts=loss_scripts, floor=loss_floor)
     return take_turns({name: step(loss) for name, loss in losses.items()}, rounds)
 
 
 # ---- Tables --------------------------------------------------------------------------------------
+def print_table(label: str, seconds: Seconds, ratios: list[tuple[str, str]]) -> None:
+    """For each kind of seconds, the medians and the ratios; then the most memory so far."""
+    for kind in KINDS:
+        figures = [f"{name} {value}" for name, value in zip(seconds, medians(seconds, kind))]
+        print(f"{label}, {kind} seconds: {', '.join(figures)}")
+        for above, below in ratios:
+            print(f"    {above} / {below} {ratio(seconds, above, below, kind)}", flush=True)
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"    most memory of the process so far: {gigabytes:.1f} GiB", flush=True)
+
+
 def print_captions(given: argparse.Namespace) -> None:
-    """A line for each size of captioner and kind of seconds."""
-    columns = ("size", "pictures", "seconds", "distcap", "plain", "floor")
-    layout = "{:<6} {:>8}  {:<7} {:>9} {:>9} {:>9}   {:<18} {:<18}"
-    print(layout.format(*columns, "distcap/floor", "plain/distcap"), flush=True)
+    """A table for each size of captioner."""
     for size, count in (("small", given.pictures), ("base", given.base_pictures)):
         if not count:
             continue
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = save_checkpoint(Path(folder, size), size)
-            paths = draw_pictures(Path(folder), count)
+            paths = draw_pictures(Path(folder), count, given.megapixels)
             seconds = bench_caption(checkpoint, paths, given.batch_size, given.rounds)
-        for kind in KINDS:
-            ratios = (
-                ratio(seconds, "distcap", "floor", kind),
-                ratio(seconds, "plain", "distcap", kind),
-            )
-            print(layout.format(size, count, kind, *medians(seconds, kind), *ratios), flush=True)
+        ratios = [("distcap", "model"), ("distcap", "reading"), ("plain", "distcap")]
+        print_table(f"{size}, {count} pictures", seconds, ratios)
 
 
 def print_steps(given: argparse.Namespace) -> None:
-    """A line for each kind of seconds."""
-    columns = ("size", "seconds", "distcap", "scripts", "floor")
-    layout = "{:<6} {:<7} {:>9} {:>9} {:>9}   {:<18} {:<18}"
-    print(layout.format(*columns, "distcap/floor", "scripts/distcap"), flush=True)
+    """A table of the training step."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = save_checkpoint(Path(folder), given.size)
         seconds = bench_train(checkpoint, given.batch_size, given.rounds)
-    for kind in KINDS:
-        ratios = (
-            ratio(seconds, "distcap", "floor", kind),
-            ratio(seconds, "scripts", "distcap", kind),
-        )
-        print(layout.format(given.size, kind, *medians(seconds, kind), *ratios), flush=True)
+    ratios = [("distcap", "floor"), ("scripts", "distcap"), ("scripts", "bf16")]
+    print_table(given.size, seconds, ratios)
 
 
 def main() -> None:
@@ -308,6 +328,7 @@ def main() -> None:
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     flag = verbs.add_parser("caption", help="speed of `distcap caption`").add_argument
+    flag("--megapixels", type=float, default=12.0, help="of each JPEG")
     flag("--pictures", type=int, default=200, help="for the small captioner; 0: leave it out")
     flag("--base-pictures", type=int, default=6, help="for the base captioner; 0: leave it out")
     usual = distcap.CaptionConfig.batch_size
