@@ -586,6 +586,8 @@ class Learner:
 
         One backward pass serves both: neither loss depends on the other's parameters.
         """
+        device = self.image_embeddings.device  # batches come from the CPU
+        batch = dataclasses.replace(batch, index=batch.index.to(device))
         features = self.captioner.encode(batch.pixels)  # (B, L, H), once for all that follows
         rollout = self.roll_out(features, batch)
         advantages, regularizer_loss, record = self.judge(rollout, batch)
@@ -726,10 +728,9 @@ class Captioner(nn.Module):
         decoder = model.config.get_text_config(decoder=True)
         self.longest = decoder.max_position_embeddings - len(self.start)
 
-        known = inspect.signature(self.writer.forward).parameters
-        self.cache_name = (
-            "cache" if "cache" in known else "past_key_values"
-        )  # of transformers < 5.24
+        # transformers called it past_key_values before 5.24.
+        arguments = inspect.signature(self.writer.forward).parameters
+        self.cache_name = "cache" if "cache" in arguments else "past_key_values"
         # The checkpoint's own generation settings (top-k, penalties, ...) would bias the samples.
         ids = dict(decoder_start_token_id=start, eos_token_id=self.end, pad_token_id=self.pad)
         self.writer.generation_config = GenerationConfig(**ids)
