@@ -1661,7 +1661,7 @@ class EvalConfig(Decoding):
 
 # What the toy world changes; everything else is as for photographs.
 TOY = dict(captioner=None, similarity_weight=0.99, ground_truth_weight=2.0, tf_steps=600,
-           tf_learning_rate=2e-3, steps=250, learning_rate=6e-4,
+           tf_learning_rate=2e-3, steps=250, learning_rate=1e-3,
            discriminator_learning_rate=1e-3, train_size=8000, workers=0)
 # fmt: on
 

@@ -280,8 +280,8 @@ def test_a_row_does_what_its_name_says(row):
         assert config.similarity_weight == 0  # no CLIP in it
 
 
-def test_the_full_method_is_what_distcap_does_by_default():
-    start = ["--captioner", "start", "--clip", "start", "--tf-steps", "0"]
+def test_the_full_method_is_what_distcap_does_by_default_but_for_the_schedule():
+    start = ["--captioner", "start", "--clip", "start", "--tf-steps", "0", *claims.SCHEDULE]
     assert row_settings(claims.FULL) == settings(start)
 
 
