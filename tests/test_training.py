@@ -175,10 +175,17 @@ def test_every_baseline_trains_with_every_regularizer(learn, world, baseline, re
 
 
 def test_the_discriminator_learns_while_the_captioner_does(learn, world):
-    learner, _ = learn(discriminator_learning_rate=1e-3)
-    records = run_stage(learner, "rl", 30, 16, world)
-    assert records[-1]["regularizer_loss"] < 0.7 * records[0]["regularizer_loss"]
-    assert records[-1]["discriminator_accuracy"] > 0.8
+    """The captioner learns slowly here: it must not get better at once."""
+    learner, _ = learn(discriminator_learning_rate=2e-3, learning_rate=1e-5)
+    records = run_stage(learner, "rl", 60, 16, world)
+    first, last = (
+        [
+            sum(record[name] for record in some) / 10
+            for name in ("regularizer_loss", "discriminator_accuracy")
+        ]
+        for some in (records[:10], records[-10:])
+    )
+    assert last[0] < 0.6 * first[0] and last[1] > 0.9
 
 
 def test_teacher_forcing_learns(learn, world):
