@@ -105,8 +105,10 @@ def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[st
 
     def convert(text: str) -> float:
         value = kind(text)
-        if not low <= value <= high:
-            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        if value == math.inf:
+            limits = "finite"
+        if value == math.inf or not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} must be {limits}")
         return value
 
@@ -1893,7 +1895,7 @@ def ignored_flags(config: Decoding) -> dict[str, str]:
             ignored["tf_learning_rate"] = "tf_steps"
         if config.data != "toy" or config.captioner:
             ignored["clip_steps"] = "captioner"
-        elif not config.captioner:
+        else:
             ignored["prompt"] = "captioner"
     return ignored
 

@@ -432,6 +432,7 @@ def test_ctrl_c_ends_quietly(run):
         (["train", "--batch-size", "-3"], "argument --batch-size: -3 must be at least 1"),
         (["train", "--similarity-weight", "1.5"], "--similarity-weight: 1.5 must be from 0 to 1"),
         (["train", "--similarity-weight", "nan"], "--similarity-weight: nan must be"),
+        (["train", "--learning-rate", "inf"], "--learning-rate: inf must be finite"),
         (["train", "--steps", "many"], "--steps: invalid int value: 'many'"),
         (["train", "--objective", "ppo"], "--objective: invalid choice: 'ppo'"),
         (["train", "--baseline", "group"], "--baseline group: needs --samples 2 or more"),
