@@ -929,7 +929,6 @@ class GIT(Captioner):
         """The writer's arguments."""
         return {"input_ids": tokens, "pixel_values": features[image_index]}
 
-    @in_precision
     def encode(self, pixels: Tensor) -> Tensor:
         """The pixels themselves: there is nothing to reuse."""
         return pixels.to(self.model.device)
@@ -1581,11 +1580,12 @@ def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, log
     preprocess = open_clip.image_transform(32, is_train=False)
     pixels = stack_pixels(preprocess, [example.image for example in examples]).to(config.device)
     rng = random.Random(config.seed)
+    contrastive_loss = open_clip.ClipLoss()
 
     def step(pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, dict[str, float]]:
         rows = [row for row, _ in pairs]
         texts = [write_references(examples[row].scene, rng, 1, generic=0.2)[0] for row in rows]
-        return open_clip.ClipLoss()(*model(pixels[rows], tokenize(texts).to(config.device))), {}
+        return contrastive_loss(*model(pixels[rows], tokenize(texts).to(config.device))), {}
 
     batches = schedule(examples, min(128, len(examples)), config.clip_steps, config.seed)
     fit("clip", model, step, batches, len(batches), 2e-3, config, log)
@@ -1692,6 +1692,7 @@ def train(config: TrainConfig) -> None:
         if not config.captioner:
             captioner = toy_captioner(config.seed).to(config.device)
             captioner.check_length(config.max_length)
+            captioner.bf16 = config.precision == "bf16"
             clip = toy_clip(out / "clip", training, config, log)
         embeddings = clip.embed_images([example.image for example in test], config.workers)
         captions = learn(captioner, clip, training, test, config, log)
@@ -1712,7 +1713,6 @@ def learn(captioner: Captioner, clip: CLIP, training: Sequence[Example], test: S
     """Teacher forcing (Eq. 1), then reinforcement learning (Eq. 2 to 10). Returns captions of the
     test pictures before and after RL; with `--objective tf`, before and after teacher forcing."""
     images = [example.image for example in test]
-    captioner.bf16 = config.precision == "bf16"
     dataset = CaptionDataset(training, captioner.pixels, captioner.side)
     learner = Learner(captioner, clip, config, config.max_length)
 
