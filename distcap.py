@@ -46,9 +46,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import csv
 import dataclasses
 import functools
 import inspect
+import io
 import json
 import logging
 import math
@@ -533,6 +535,30 @@ def make_regularizer(learner: Learner, references: Sequence[Sequence[str]]) -> R
 
 
 # ---- 5  One step: encode, roll out, judge, learn -------------------------------------------------
+def process_count() -> int:
+    """How many processes learn together, each from its own pictures: 1 without torchrun."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """Which of them this one is, from 0."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all processes in the order of their ranks, without gradient: as many of each."""
+    if process_count() == 1:
+        return rows.detach()
+    parts = [torch.empty_like(rows) for _ in range(process_count())]
+    torch.distributed.all_gather(parts, rows.detach().contiguous())
+    return torch.cat(parts)
+
+
+def own_rows(rows: Tensor) -> Tensor:
+    """Of the rows that `gather` returns, or of something computed for each, those of this one."""
+    return rows.chunk(process_count())[process_rank()]
+
+
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """B pictures to learn from, none twice: its own copy would be a rival in Eq. 6."""
@@ -651,12 +677,18 @@ class Learner:
         if method.baseline != "contrastive":
             return similarity_reward(captions, own)
 
+        # The captions and images of all processes compete, whoever wrote them.
+        image_index = gather(rollout.image_index + process_rank() * len(images))
+        captions = gather(captions)
+        images = gather(images)
         if method.neighbours:  # hard negatives join the pool of images, each once
-            near = nearest_images(self.image_embeddings, batch.index, method.neighbours)
-            new = near[~torch.isin(near, batch.index)].unique()
+            index = gather(batch.index)
+            near = nearest_images(self.image_embeddings, index, method.neighbours)
+            new = near[~torch.isin(near, index)].unique()
             images = torch.cat([images, self.image_embeddings[new]])  # (I, D)
         scale = self.clip.logit_scale
-        return contrastive_reward(captions, images, rollout.image_index, scale, method.direction)
+        rewards = contrastive_reward(captions, images, image_index, scale, method.direction)
+        return own_rows(rewards)
 
     def advantages(self, sampled: Tensor, human: Tensor, greedy: Tensor) -> Tensor:
         """Rewards of the sampled (K*B,), human (B,) and greedy captions (B,), less the baseline:
@@ -671,7 +703,7 @@ class Learner:
         elif self.method.baseline == "contrastive":
             # Eq. 6 has its competitors inside; the samples are centred on top. A human caption is
             # not: the sign of its reward says whether it beats its competitors.
-            groups = centred_advantages(groups)
+            groups = own_rows(centred_advantages(gather(groups)))
         return torch.cat([groups.flatten(), human])
 
     def loss(self, features: Tensor, rollout: Rollout, advantages: Tensor) -> Tensor:
@@ -1065,11 +1097,13 @@ def stack_pixels(preprocess: Callable, pictures: Sequence[Image.Image]) -> Tenso
 # ---- 8  Data: pictures, data sets, and reading ahead ---------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A picture, on disk or in memory, and what people wrote of it. `scene`: in the toy world."""
+    """A picture, on disk or in memory, and what people wrote of it. `split` (train, val, test):
+    where the data say so. `scene`: in the toy world."""
 
     image_id: str
     image: Path | Image.Image
     references: tuple[str, ...]
+    split: str | None = None
     scene: Scene | None = None
 
 
@@ -1123,31 +1157,16 @@ def find_images(paths: Iterable[str], recursive: bool = True) -> list[Path]:
     return list(found)
 
 
-def read_rows(path: Path) -> dict[str, dict]:
-    """{file_name: row} of a metadata.jsonl. A row's `caption`, in the file a text or a list, is the
-    list of all the picture's captions: its rows are read as one. Raises UserError with the number
-    of the line that is wrong."""
-    rows: dict[str, dict] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        with explain(f"{path}:{number}: not JSON in UTF-8 with file_name and caption"):
-            row = json.loads(line.decode("utf-8-sig"))
-            name, captions = row["file_name"], row["caption"]
-            captions = [captions] if isinstance(captions, str) else captions
-            filled = [isinstance(each, str) and each.strip() for each in (name, *captions)]
-            if not isinstance(captions, list) or not captions or not all(filled):
-                raise ValueError("caption must be a text or a list of texts, none empty")
-            "".join(captions).encode("utf-8")  # half a character is an error here, not in training
-        earlier = rows.get(name, {"caption": []})
-        rows[name] = earlier | row | {"caption": earlier["caption"] + captions}
-    return rows
-
-
-def write_rows(path: Path, rows: dict[str, dict]) -> None:
-    """Write what `read_rows` reads, whole or not at all."""
-    lines = [json.dumps({"file_name": name} | row) + "\n" for name, row in rows.items()]
-    write_text(path, "".join(lines))
+def read_text(path: Path) -> str:
+    """A file in UTF-8, with or without a byte order mark. Raises UserError with the line that is
+    not: characters read wrongly would be trained on."""
+    with explain(f"{path}: cannot be read"):
+        data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -1157,33 +1176,284 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def read_examples(folder: str) -> list[Example]:
-    """Read a folder of pictures with a metadata.jsonl. Raises UserError for what is wrong in it."""
-    table = Path(folder) / "metadata.jsonl"
-    examples: dict[Path, Example] = {}  # a picture under two names is one picture
-    for name, row in (read_rows(table) if table.is_file() else {}).items():
-        image = table.parent / name
-        if not image.is_file():
-            raise UserError(f"{table}: no such picture: {image}")
-        example = Example(name, image, tuple(row["caption"]), parse(str(row.get("scene"))))
-        known = examples.setdefault(image.resolve(), example)
-        if known is not example:
-            both = known.references + example.references
-            examples[image.resolve()] = dataclasses.replace(known, references=both)
+class Row(NamedTuple):
+    """What a data file says of a picture, in one of perhaps many places."""
+
+    name: str
+    captions: list[str]
+    more: dict  # its other columns: split, image_id, scene, ...
+
+
+# What data files call a picture's name, and what people wrote of it.
+NAME_KEYS = ("file_name", "filename", "image", "image_name")
+CAPTION_KEYS = ("caption", "captions", "text", "comment")
+
+
+def make_row(where: str, fields: dict) -> Row:
+    """Check what a data file says of a picture, `where` it says it. Raises UserError if that is no
+    name, or no texts; there may be no caption, or an empty one."""
+    names = [fields.get(key) for key in NAME_KEYS if key in fields]
+    if not names or not isinstance(names[0], str) or not names[0].strip():
+        raise UserError(f"{where}: no file_name, or one that is not a text")
+    found = [fields[key] for key in CAPTION_KEYS if fields.get(key) is not None]
+    captions = found[0] if found else []
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise UserError(f"{where}: caption must be a text or a list of texts")
+    with explain(f"{where}: not text"):  # half a character is an error here, not in training
+        "".join(captions).encode("utf-8")
+    return Row(names[0], captions, fields)
+
+
+def parse_json(where: str, text: str, line: int = 1):
+    """A JSON value. Raises UserError with the line, where `text` begins at line `line`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        number = line + error.lineno - 1
+        raise UserError(f"{where}:{number}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}:{line}: not JSON that can be read ({error})") from None
+
+
+def read_lines(path: Path, text: str) -> Iterator[Row]:
+    """Rows of JSON lines: Hugging Face's metadata.jsonl."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            value = parse_json(str(path), line, number)
+            if not isinstance(value, dict):
+                raise UserError(f"{path}:{number}: not a JSON object with file_name and caption")
+            yield make_row(f"{path}:{number}", value)
+
+
+def read_csv(path: Path, text: str, delimiter: str) -> Iterator[Row]:
+    """Rows of a table with a header: metadata.csv, Flickr8k's captions.txt, Flickr30k's results."""
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+    header, before = None, 0
+    while True:
+        with explain(f"{path}:{lines.line_num + 1}: not a line of a table"):
+            cells = next(lines, None)
+        if cells is None:
+            return
+        where, before = f"{path}:{before + 1}", lines.line_num
+        cells = [cell.strip() for cell in cells]
+        if not any(cells):
+            continue
+        if header is None:
+            header = [cell.lower() for cell in cells]
+            continue
+        # A quote that is never closed would swallow the lines of other pictures.
+        if len(cells) > len(header) or any("\n" in cell for cell in cells):
+            raise UserError(
+                f"{where}: more than {len(header)} columns, or a quote that is not closed"
+            )
+        yield make_row(where, dict(zip(header, cells)))
+
+
+def read_tokens(path: Path, text: str) -> Iterator[Row]:
+    """Rows of `name#number`, tab, caption: Flickr8k.token.txt."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            name, hash_sign, caption = re.sub(r"#\d+\t", "\n", line, count=1).partition("\n")
+            if not hash_sign:
+                raise UserError(f"{path}:{number}: not `name#number`, tab, caption")
+            yield make_row(f"{path}:{number}", {"file_name": name, "caption": caption.strip()})
+
+
+def read_json(path: Path, text: str) -> Iterator[Row]:
+    """Rows of COCO's captions, or of Karpathy's splits of them: one JSON object with `images`."""
+    data = parse_json(str(path), text)
+    images = data.get("images") if isinstance(data, dict) else None
+    if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
+        raise unknown_form(path, "JSON without a list of images")
+    if "annotations" not in data:  # Karpathy's
+        for number, image in enumerate(images):
+            where = f"{path}: images[{number}]"
+            with explain(f"{where}: no sentences with raw texts"):
+                captions = [sentence["raw"] for sentence in image["sentences"]]
+                folder = image.get("filepath") or ""
+                name = os.path.join(folder, image["filename"])
+            image_id = image.get("cocoid", image.get("imgid"))
+            more = {"split": image.get("split"), "image_id": image_id}
+            yield make_row(where, {"file_name": name, "caption": captions} | more)
+        return
+
+    names: dict[int | str, str] = {}
+    for number, image in enumerate(images):
+        with explain(f"{path}: images[{number}]: needs an id of its own and a file_name"):
+            if type(image["id"]) not in (int, str) or image["id"] in names:
+                raise ValueError(f"id {image['id']!r}")
+            names[image["id"]] = image["file_name"]
+    captions: dict[int | str, list] = {image_id: [] for image_id in names}
+    for number, annotation in enumerate(data["annotations"] or []):
+        with explain(
+            f"{path}: annotations[{number}]: needs an image_id of the images and a caption"
+        ):
+            if type(annotation["image_id"]) not in (int, str):
+                raise ValueError(f"image_id {annotation['image_id']!r}")
+            captions[annotation["image_id"]].append(annotation["caption"])
+    for image_id, name in names.items():
+        fields = {"file_name": name, "caption": captions[image_id], "image_id": image_id}
+        yield make_row(f"{path}: image {image_id}", fields)
+
+
+def read_sidecars(folder: Path) -> Iterator[Row]:
+    """Rows of a folder of pictures, beside each a text file of its name, with a caption a line."""
+    for image in find_images([str(folder)]):
+        sidecar = image.with_suffix(".txt")
+        lines = read_text(sidecar).split("\n") if sidecar.is_file() else []
+        captions = [line.strip() for line in lines if line.strip()]
+        yield make_row(
+            str(image), {"file_name": os.path.relpath(image, folder), "caption": captions}
+        )
+
+
+def unknown_form(path: Path, found: str) -> UserError:
+    """What to raise for data in a form that distcap does not know."""
+    known = "metadata.jsonl or .csv, COCO or Karpathy JSON, a table with image and caption, "
+    known += "name#number tab caption, or pictures with .txt files"
+    return UserError(f"{path}: {found}; looked for {known}")
+
+
+def read_data(path: Path) -> Iterator[Row]:
+    """Rows of data in any of the forms that distcap knows, recognized by their content."""
+    if path.is_dir():
+        tables = [path / name for name in ("metadata.jsonl", "metadata.csv")]
+        for table in filter(Path.is_file, tables):
+            return read_data(table)
+        if not any(image.with_suffix(".txt").is_file() for image in find_images([str(path)])):
+            raise unknown_form(path, "a folder of pictures without captions")
+        return read_sidecars(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+
+    text = read_text(path)
+    first = text.lstrip().split("\n", 1)[0]
+    if path.suffix == ".jsonl" or re.match(r'\{(?!.*"images").*\}\s*$', first):
+        return read_lines(path, text)
+    if first[:1] in ("{", "["):
+        return read_json(path, text)
+    if re.match(r"[^\t]+#\d+\t", first):
+        return read_tokens(path, text)
+    for delimiter in ("|", ","):
+        header = {cell.strip().lower() for cell in first.split(delimiter)}
+        if header & set(NAME_KEYS) and header & set(CAPTION_KEYS):
+            return read_csv(path, text, delimiter)
+    raise unknown_form(path, f"begins with {first[:40]!r}" if first else "empty")
+
+
+class Skipped(NamedTuple):
+    """What of a data set is not used, and why."""
+
+    name: str
+    reason: str
+
+
+def read_examples(
+    data: str,
+    images: str | None = None,
+    split: str | None = None,
+    need_pictures: bool = True,
+    skipped: list[Skipped] | None = None,
+) -> list[Example]:
+    """The examples of a data set: a folder or a file, whose pictures are beside it or in the folder
+    `images`. Only those of a `split`: its name, or a file with the names of pictures.
+
+    What is missing or empty is left out, and added to the list `skipped`. A picture under two names
+    is one picture. Raises UserError for what is wrong, with file and line."""
+    path = Path(data)
+    folder = Path(images or (path if path.is_dir() else path.parent))
+    skipped = [] if skipped is None else skipped
+    references: dict[str, list[str]] = {}
+    more: dict[str, dict] = {}  # what the first row of each name says
+    for row in read_data(path):
+        texts = [text for text in row.captions if text.strip()]
+        if not texts or len(texts) < len(row.captions):
+            skipped.append(Skipped(row.name, "an empty caption"))
+        references.setdefault(row.name, []).extend(texts)
+        more.setdefault(row.name, row.more)
+
+    examples: dict[str, Example] = {}
+    for name, texts in references.items():
+        image = folder / name
+        if not os.path.isfile(image) and os.path.isfile(folder / os.path.basename(name)):
+            image = folder / os.path.basename(name)  # Karpathy's names may have folders
+        if need_pictures and not os.path.isfile(image):
+            skipped.append(Skipped(name, "no such picture"))
+        elif texts:
+            scene = parse(str(more[name].get("scene")))
+            image_id, part = more[name].get("image_id") or name, more[name].get("split")
+            example = Example(str(image_id), image, tuple(texts), part and str(part), scene)
+            known = examples.setdefault(os.path.realpath(image), example)
+            if known is not example:
+                both = known.references + example.references
+                examples[os.path.realpath(image)] = dataclasses.replace(known, references=both)
+    if not references:
+        raise unknown_form(path, "no pictures with captions in it")
     if not examples:
-        advice = "DATA must be a folder with pictures and a metadata.jsonl"
-        raise UserError(f"{table}: no examples there; {advice}")
-    return list(examples.values())
+        missing = f"none of its {len(references)} pictures is in {folder} with a caption"
+        raise UserError(f"{data}: {missing}; give the folder of the pictures with --images")
+    found = list(examples.values())
+    return choose_split(data, found, split, skipped) if split else found
+
+
+def choose_split(
+    data: str, examples: Sequence[Example], split: str, skipped: list
+) -> list[Example]:
+    """The examples of a split that the data names (train: restval too), or that a file lists."""
+    if os.path.isfile(split):
+        listed = dict.fromkeys(line.strip() for line in read_text(Path(split)).split("\n"))
+        names = [{each.image_id, each.image.name, each.image.stem} for each in examples]
+        chosen = [each for each, own in zip(examples, names) if own & listed.keys()]
+        absent = listed.keys() - set().union(*names) - {""}
+        skipped += [
+            Skipped(name, f"in {split}, but not in the data") for name in listed if name in absent
+        ]
+    else:
+        wanted = ("train", "restval") if split == "train" else (split,)
+        chosen = [each for each in examples if each.split in wanted]
+    if not chosen:
+        known = ", ".join(sorted({each.split for each in examples if each.split})) or "no splits"
+        has = f"{data} has {known}; give one of them, or a file with the names of pictures"
+        raise UserError(f"{split}: no picture is of this split: {has}")
+    return chosen
+
+
+def read_rows(path: Path) -> dict[str, dict]:
+    """{file_name: row} of a metadata.jsonl. A row's `caption`, in the file a text or a list, is the
+    list of all the picture's captions: its rows are read as one. Raises UserError with the number
+    of the line that is wrong."""
+    rows: dict[str, dict] = {}
+    for row in read_lines(path, read_text(path)):
+        if not row.captions or not all(text.strip() for text in row.captions):
+            raise UserError(f"{path}: {row.name}: has no caption, or an empty one")
+        earlier = rows.get(row.name, {"caption": []})
+        rows[row.name] = earlier | row.more | {"caption": earlier["caption"] + row.captions}
+    return rows
+
+
+def write_rows(path: Path, rows: dict[str, dict]) -> None:
+    """Write what `read_rows` reads, whole or not at all."""
+    lines = [json.dumps({"file_name": name} | row) + "\n" for name, row in rows.items()]
+    write_text(path, "".join(lines))
 
 
 def write_examples(folder: Path, examples: Sequence[Example]) -> list[Example]:
-    """Save examples as PNG files and a metadata.jsonl; return them as `read_examples` does."""
+    """Save examples as a metadata.jsonl, which leads to pictures on disk; those in memory are saved
+    beside it as PNG files. Returns them as `read_examples` does."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = {}
     for example in examples:
-        name = f"{example.image_id}.png"
-        load_image(example.image).save(folder / name)
-        rows[name] = {"caption": example.references, "scene": str(example.scene)}
+        row = {"caption": example.references}
+        if isinstance(example.image, Path):
+            name = os.path.relpath(example.image, folder)
+            row |= {"image_id": example.image_id}
+        else:
+            name = f"{example.image_id}.png"
+            load_image(example.image).save(folder / name)
+            row |= {"scene": str(example.scene)}
+        rows[name] = row
     write_rows(folder / "metadata.jsonl", rows)
     return read_examples(str(folder))
 
@@ -1265,6 +1535,22 @@ class PictureBatches(torch.utils.data.Dataset):
         return PictureBatch(pixels, failures)
 
 
+class Bar(tqdm):
+    """A progress bar; a line every half minute where standard error is no terminal."""
+
+    def __init__(self, *arguments, **options) -> None:
+        terminal = sys.stderr.isatty()
+        pace = dict(dynamic_ncols=True) if terminal else dict(mininterval=30, delay=30, ncols=100)
+        super().__init__(*arguments, **pace | options)
+
+    @staticmethod
+    def status_printer(file) -> Callable:
+        """The function that shows a status: tqdm's own overwrites the last one, in a file too."""
+        if sys.stderr.isatty():
+            return tqdm.status_printer(file)
+        return lambda status: status and print(status, file=file, flush=True)
+
+
 def read_ahead(dataset: torch.utils.data.Dataset, order: Sequence, workers: int) -> Iterator:
     """The items of a dataset in this order, made by worker processes while the model works."""
     workers = max(min(workers, len(order) - 1), 0)  # a process for a single batch does not pay
@@ -1291,7 +1577,7 @@ def fit(stage: str, model: nn.Module, step: Callable, batches: Iterable, steps: 
         optimizers.append(torch.optim.AdamW(learned, lr=rate, **fused))
 
     model.train(stage != "rl")  # RL without dropout: score the policy that was sampled from
-    bar = tqdm(batches, stage, steps, disable=None)
+    bar = Bar(batches, stage, steps)
     failures = 0
     for number, batch in enumerate(bar):
         # A step's draws depend on nothing that came before it.
@@ -1512,7 +1798,8 @@ def toy_world(seed: int, train_size: int, test_size: int) -> tuple[list[Example]
     examples = []
     for number, scene in enumerate(rng.sample(scenes, train_size + test_size)):
         picture = draw(scene, rng)
-        examples.append(Example(f"{number:05d}", picture, write_references(scene, rng), scene))
+        references = write_references(scene, rng)
+        examples.append(Example(f"{number:05d}", picture, references, scene=scene))
     return examples[:train_size], examples[train_size:]
 
 
@@ -1759,7 +2046,7 @@ def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], c
     prepare = [captioner.pixels] + ([clip.pixels] if clip else [])
     side = max(captioner.side, clip.side if clip else 0)
     batches = PictureBatches(images, prepare, config.batch_size, side)
-    bar = tqdm(total=len(images), desc="caption", disable=None)
+    bar = Bar(total=len(images), desc="caption")
     for number, batch in enumerate(read_ahead(batches, range(len(batches)), config.workers)):
         torch.manual_seed(config.seed * 1_000_003 + number)
         groups = iter(())

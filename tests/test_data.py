@@ -48,15 +48,13 @@ def test_metadata_captions_are_a_string_or_a_list(tmp_path):
     ("line", "complaint"),
     [
         ("{", ":2: not JSON"),
-        ("[]", ":2: not JSON"),
-        ('{"file_name": "a.png"}', "caption"),
-        ('{"file_name": "a.png", "caption": []}', "caption must be"),
+        ("[]", ":2: not a JSON object"),
+        ('{"caption": "a dog"}', "no file_name"),
+        ('{"file_name": 7, "caption": "a dog"}', "no file_name"),
         ('{"file_name": "a.png", "caption": [1]}', "caption must be"),
-        ('{"file_name": "a.png", "caption": " "}', "caption must be"),
         ('{"file_name": "a.png", "caption": {"en": "a dog"}}', "caption must be"),
         ('{"file_name": "a.png", "caption": "caf\udce9"}', "UTF-8"),
-        ('{"file_name": "a.png", "caption": "caf\\udce9"}', "UTF-8"),
-        ('{"file_name": "b.png", "caption": "x"}', "no such picture"),
+        ('{"file_name": "a.png", "caption": "caf\\udce9"}', "not text"),
     ],
 )
 def test_a_bad_line_of_metadata_is_named(tmp_path, line, complaint):
@@ -64,7 +62,7 @@ def test_a_bad_line_of_metadata_is_named(tmp_path, line, complaint):
     with pytest.raises(distcap.UserError, match=complaint) as caught:
         distcap.read_examples(folder)
     message = str(caught.value)
-    assert "metadata.jsonl:2" in message or "b.png" in line
+    assert "metadata.jsonl:2" in message
     assert str(tmp_path / "metadata.jsonl") in message and "\n" not in message
 
 
@@ -82,9 +80,9 @@ def test_a_picture_under_two_names_is_one_picture(tmp_path):
 
 
 def test_a_data_set_without_metadata_or_without_lines_is_refused(tmp_path):
-    with pytest.raises(distcap.UserError, match="DATA must be"):
+    with pytest.raises(distcap.UserError, match="nowhere: no such file or folder"):
         distcap.read_examples(str(tmp_path / "nowhere"))
-    with pytest.raises(distcap.UserError, match="no examples"):
+    with pytest.raises(distcap.UserError, match="no pictures with captions"):
         distcap.read_examples(write_metadata(tmp_path))
 
 
