@@ -44,11 +44,14 @@ reward cannot hack.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import copy
 import csv
 import dataclasses
 import functools
+import hashlib
+import importlib.util
 import inspect
 import io
 import json
@@ -58,8 +61,12 @@ import os
 import pickle
 import random
 import re
+import shutil
+import signal
 import statistics
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -146,6 +153,9 @@ class Method:
                                     number(0, 1, float))
     sampled_weight: float = flag(1.0, "weight of sampled captions (Eq. 2)", WEIGHT)
     ground_truth_weight: float = flag(1.0, "weight of human captions (Eq. 5)", WEIGHT)
+    discriminator_steps: int = flag(1, "updates of the regularizer's network a step", number(1))
+    normalize: bool = flag(True, "train on captions, and judge them, in lower case and without "
+                           "punctuation, as BLIP was trained")
     length_normalizer: str = flag("constant", "what log p of a caption is divided by: a constant, "
                                   "or its own length (for comparison)", ("constant", "caption"))
     # fmt: on
@@ -156,6 +166,11 @@ class Method:
             value = getattr(self, field.name)
             if choices and value not in choices:
                 raise UserError(f"{field.name} {value!r}: must be one of {', '.join(choices)}")
+
+    @property
+    def uses_images(self) -> bool:
+        """Whether rewards depend on what CLIP sees in the images."""
+        return self.objective == "rl" and (self.alpha > 0 or self.regularizer == "discriminator")
 
     @property
     def alpha(self) -> float:
@@ -195,7 +210,8 @@ def ignored_settings(method: Method) -> dict[str, str]:
     ignored = {}
     if method.objective == "tf":
         names = [field.name for field in dataclasses.fields(Method)]
-        return {name: "objective" for name in names[1:] if name != "length_normalizer"}
+        used = ("objective", "normalize", "length_normalizer")
+        return {name: "objective" for name in names if name not in used}
     if method.baseline != "contrastive":
         ignored["direction"] = "baseline"
     if method.baseline not in ("contrastive", "neighbours"):
@@ -204,6 +220,8 @@ def ignored_settings(method: Method) -> dict[str, str]:
         ignored["neighbours"] = "direction"  # hard negatives are images
     if method.regularizer == "none":
         ignored["similarity_weight"] = "regularizer"
+    if method.regularizer not in ("discriminator", "grammar"):
+        ignored["discriminator_steps"] = "regularizer"
     # Samples of no weight may still be competitors, a group's mean, or what D learns from.
     used = method.baseline in ("contrastive", "group") or method.regularizer == "discriminator"
     if method.sampled_weight == 0 and not used:
@@ -559,6 +577,15 @@ def own_rows(rows: Tensor) -> Tensor:
     return rows.chunk(process_count())[process_rank()]
 
 
+def normalize_caption(caption: str) -> str:
+    """Lower case, without .!"()*#:;~ and with single spaces: as BLIP's captions were trained on.
+
+    People end captions with a full stop and the captioner does not. A discriminator that is shown
+    the difference learns nothing else.
+    """
+    return " ".join(re.sub(r'[.!"()*#:;~]', " ", caption.lower()).split())
+
+
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """B pictures to learn from, none twice: its own copy would be a rival in Eq. 6."""
@@ -601,6 +628,12 @@ class Learner:
         self.divisor = None if method.length_normalizer == "caption" else float(max_length)
         self.image_embeddings: Tensor | None = None
         self.regularizer = Regularizer()
+        self.judged: tuple[Rollout, Batch] | None = None  # what was judged last
+
+    def on_device(self, batch: Batch) -> Batch:
+        """The batch with its `index` where the embeddings are: batches come from the CPU."""
+        index = batch.index.to(self.image_embeddings.device)
+        return dataclasses.replace(batch, index=index)
 
     def teacher_forcing_step(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The loss of Eq. 1."""
@@ -614,13 +647,21 @@ class Learner:
 
         One backward pass serves both: neither loss depends on the other's parameters.
         """
-        device = self.image_embeddings.device  # batches come from the CPU
-        batch = dataclasses.replace(batch, index=batch.index.to(device))
+        batch = self.on_device(batch)
         features = self.captioner.encode(batch.pixels)  # (B, L, H), once for all that follows
         rollout = self.roll_out(features, batch)
         advantages, regularizer_loss, record = self.judge(rollout, batch)
         loss = self.loss(features, rollout, advantages)
         return loss + regularizer_loss, record
+
+    def discriminator_step(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """The loss of the regularizer's network alone, on what the captioner writes now."""
+        batch = self.on_device(batch)
+        with torch.no_grad():
+            features = self.captioner.encode(batch.pixels)
+        rollout = self.roll_out(features, batch)
+        _, loss, record = self.regularizer.score(rollout, batch)
+        return loss, record
 
     @torch.no_grad()
     def roll_out(self, features: Tensor, batch: Batch) -> Rollout:
@@ -637,6 +678,8 @@ class Learner:
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)  # (C, P + T)
         captions = [*self.captioner.decode(sampled), *batch.ground_truth]
         captions += self.captioner.decode(greedy)
+        if self.method.normalize:  # all of them alike, whoever wrote them
+            captions = [normalize_caption(caption) for caption in captions]
         caption_embeddings = self.clip.embed_captions(captions)
 
         # Whose caption is it? For B = 2 and K = 2: [0 0 1 1 | 0 1 | 0 1].
@@ -649,20 +692,25 @@ class Learner:
         """Rewards (Eq. 3) less a baseline: advantages (K*B + B,) of the sampled and the human
         captions; the regularizer's loss; what to log. It needs no gradient of the captioner, so
         that the pool may be larger than what fits into one forward pass."""
+        self.judged = rollout, batch
         similarity = self.similarity_rewards(rollout, batch)
         scores, regularizer_loss, record = self.regularizer.score(rollout, batch)
         rewards = mixed_reward(similarity, scores, self.method.alpha)  # (C,)
         sampled, human, greedy = rewards.split(rollout.sizes)
+        advantages = self.advantages(sampled, human, greedy)
 
         words = [len(caption.split()) for caption in rollout.captions[: len(sampled)]]
         record = record | {
             "reward": sampled.mean().item(),
+            "similarity": similarity[: len(sampled)].mean().item(),
+            "regularizer": scores[: len(sampled)].mean().item(),
             "ground_truth_reward": human.mean().item(),
             "greedy_reward": greedy.mean().item(),
+            "ground_truth_share": (advantages[len(sampled) :] > 0).float().mean().item(),
             "regularizer_loss": regularizer_loss.item(),
             "mean_length": sum(words) / len(words),
         }
-        return self.advantages(sampled, human, greedy), regularizer_loss, record
+        return advantages, regularizer_loss, record
 
     def similarity_rewards(self, rollout: Rollout, batch: Batch) -> Tensor:
         """r_sim of every caption of the pool (C,): Eq. 6, Eq. 8, or the cosine."""
@@ -670,6 +718,8 @@ class Learner:
         captions = rollout.caption_embeddings
         images = rollout.image_embeddings
         own = images[rollout.image_index]  # (C, D): each caption's own image
+        if method.alpha == 0:  # it would not count
+            return torch.zeros_like(own[:, 0])
         if method.baseline == "neighbours":
             near = nearest_images(self.image_embeddings, batch.index, method.neighbours)  # (B, M)
             near_embeddings = self.image_embeddings[near]  # (B, M, D)
@@ -746,6 +796,7 @@ class Captioner(nn.Module):
 
     default_prompt = "a picture of"  # what a BLIP that comes without a prompt learned to continue
     bf16 = False
+    checkpointed: tuple[nn.Module, ...] = ()
 
     def __init__(self, model: nn.Module, image_processor, tokenizer, prompt: str | None = None):
         from transformers import GenerationConfig
@@ -778,6 +829,29 @@ class Captioner(nn.Module):
     def writer(self) -> nn.Module:
         """The part of the model that writes."""
         return self.model.text_decoder
+
+    @property
+    def vision(self) -> nn.Module:
+        """The part of the model that sees."""
+        return self.model.vision_model
+
+    def checkpoint_vision(self) -> None:
+        """Keep of the vision tower's layers only what goes in, and compute them again for the
+        gradient: most of the memory of a step, for a quarter more time."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        self.vision.gradient_checkpointing_enable(dict(use_reentrant=False))
+        for layer in self.vision.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                self.checkpointed += (layer,)
+
+    def train(self, mode: bool = True) -> Captioner:
+        """Switch dropout on or off. Layers that are checkpointed believe that they are in training:
+        elsewhere transformers does not checkpoint them."""
+        super().train(mode)
+        for layer in self.checkpointed:
+            layer.training = True
+        return self
 
     def inputs(self, features: Tensor, tokens: Tensor, image_index: Tensor, share=True) -> dict:
         """The writer's arguments: the tokens so far (C, P + T), and what it sees of their images.
@@ -829,6 +903,8 @@ class Captioner(nn.Module):
         """Write an ordinary Hugging Face folder, which transformers loads without distcap."""
         for part in (self.model, self.image_processor, self.tokenizer):
             part.save_pretrained(folder)
+        for file in folder.glob("*.safetensors"):  # made for their owner's eyes only
+            file.chmod((folder / "config.json").stat().st_mode)
 
     def check_length(self, max_length: int) -> None:
         """Raise UserError for captions longer than there are positions for."""
@@ -929,6 +1005,11 @@ class EncoderDecoder(Captioner):
         """The whole model: given features, it does not encode again."""
         return self.model
 
+    @property
+    def vision(self) -> nn.Module:
+        """The part of the model that sees."""
+        return self.model.encoder
+
     def inputs(self, features: Tensor, tokens: Tensor, image_index: Tensor, share=True) -> dict:
         """The writer's arguments. Decoders differ too much to share anything."""
         from transformers.modeling_outputs import BaseModelOutput
@@ -956,6 +1037,11 @@ class GIT(Captioner):
     def writer(self) -> nn.Module:
         """The whole model, which encodes the image anew each time."""
         return self.model
+
+    @property
+    def vision(self) -> nn.Module:
+        """The part of the model that sees."""
+        return self.model.git.image_encoder
 
     def inputs(self, features: Tensor, tokens: Tensor, image_index: Tensor, share=True) -> dict:
         """The writer's arguments."""
@@ -1060,14 +1146,25 @@ class CLIP:
         """Prepared pictures as unit rows: (B, 3, height, width) -> (B, D)."""
         return self.model.encode_image(pixels.to(self.device), normalize=True)
 
-    def embed_images(self, images: Iterable[Path | Image.Image], workers: int = 0) -> Tensor:
-        """Pictures as unit rows (N, D). Raises UserError for one that cannot be read."""
-        batches = PictureBatches(list(images), [self.pixels], 64, self.side)
-        rows = []
+    def embed_images(self, images: Iterable[Path | Image.Image], workers: int = 0,
+                     failures: list | None = None) -> Tensor:  # fmt: skip
+        """Pictures as unit rows (N, D). Raises UserError for one that cannot be read; given a list
+        of `failures`, adds (number, UserError) to it instead, and leaves out the row."""
+        own = own_share(list(images))
+        batches = PictureBatches(own, [self.pixels], 64, self.side)
+        rows, failed = [], []
+        bar = Bar(total=len(own), desc="embed", leave=False, disable=process_rank() > 0)
         for batch in read_ahead(batches, range(len(batches)), workers):
-            batch.raise_failure()
-            rows.append(self.encode_pixels(batch.pixels[0]))
-        return torch.cat(rows)
+            if failures is None:
+                batch.raise_failure()
+            if batch.pixels:
+                rows.append(self.encode_pixels(batch.pixels[0]))
+            failed += batch.failures
+            bar.update(len(batch.failures))
+        bar.close()
+        if failures is not None:
+            failures += [(n, each) for n, each in enumerate(put_together(failed)) if each]
+        return torch.cat([each.to(self.device) for each in put_together(rows)])
 
     @torch.no_grad()
     def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:
@@ -1535,6 +1632,27 @@ class PictureBatches(torch.utils.data.Dataset):
         return PictureBatch(pixels, failures)
 
 
+def own_share(items: Sequence) -> Sequence:
+    """Of things to do, this process's part; `put_together` puts the results in order again."""
+    rank, count = process_rank(), process_count()
+    return items[rank * len(items) // count : (rank + 1) * len(items) // count]
+
+
+def put_together(items: list) -> list:
+    """The lists of all processes, one after the other."""
+    if process_count() == 1:
+        return items
+    lists = [None] * process_count()
+    torch.distributed.all_gather_object(lists, items)
+    return [item for each in lists for item in each]
+
+
+def wait_for_all() -> None:
+    """Go on when all processes are here: what the first one wrote can then be read."""
+    if process_count() > 1:
+        torch.distributed.barrier()
+
+
 class Bar(tqdm):
     """A progress bar; a line every half minute where standard error is no terminal."""
 
@@ -1550,6 +1668,13 @@ class Bar(tqdm):
             return tqdm.status_printer(file)
         return lambda status: status and print(status, file=file, flush=True)
 
+    def say(self, text: str) -> None:
+        """Print a line on standard error, above the bar if there is one."""
+        if sys.stderr.isatty():
+            self.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
 
 def read_ahead(dataset: torch.utils.data.Dataset, order: Sequence, workers: int) -> Iterator:
     """The items of a dataset in this order, made by worker processes while the model works."""
@@ -1562,67 +1687,312 @@ def read_ahead(dataset: torch.utils.data.Dataset, order: Sequence, workers: int)
 
 
 # ---- 9  Training ---------------------------------------------------------------------------------
-def fit(stage: str, model: nn.Module, step: Callable, batches: Iterable, steps: int,
-        learning_rate: float, config: TrainConfig, log, network=None) -> None:  # fmt: skip
+STAGES = ("clip", "tf", "discriminator", "rl")  # in this order
+
+
+class Run:
+    """The folder of a training run: its log, and the state from which it can be resumed.
+
+    Of several processes only the first writes. A state is written whole or not at all. Without a
+    folder, nothing is written."""
+
+    def __init__(
+        self, folder: Path | None = None, resume: bool = False, tensorboard: bool = False
+    ) -> None:
+        self.folder = folder
+        self.writes = folder is not None and process_rank() == 0
+        self.state: dict = {}
+        if resume and (folder / "state.pt").is_file():
+            with explain(f"{folder}/state.pt: cannot be read", "; remove it to start again"):
+                path = folder / "state.pt"
+                self.state = torch.load(path, map_location="cpu", weights_only=True)
+        # What else is to be remembered: the captions before RL, the best weights so far, ...
+        self.notes: dict = self.state.get("notes", {})
+        self.stop = False
+        self.board = None
+        if self.writes and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder))
+        if self.writes:
+            with open(folder / "log.jsonl", "ab") as log:
+                log.truncate(self.state.get("log_size", 0))  # what came after will come again
+
+    def write(self, **record) -> None:
+        """Add a line to log.jsonl. A number that is not finite, which JSON lacks, becomes null."""
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[name] = None
+        if self.writes:
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
+                log.write(json.dumps(record) + "\n")
+
+    def save(self, stage: str, step: int, parts: dict) -> None:
+        """Write state.pt: the states of `parts`, with `step` steps of the stage done."""
+        if not self.writes:
+            return
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= dict(stage=stage, step=step, notes=self.notes)
+        state["log_size"] = os.path.getsize(self.folder / "log.jsonl")
+        torch.save(state, self.folder / "state.pt.partial")
+        (self.folder / "state.pt.partial").replace(self.folder / "state.pt")
+
+    def restore(self, stage: str, steps: int, parts: dict) -> int:
+        """Put the saved states into `parts`; return how many of the stage's `steps` are done. Of a
+        stage before the saved one, that is all, and there is nothing to put back."""
+        saved = self.state.get("stage", "")
+        if not saved or STAGES.index(saved) < STAGES.index(stage):
+            return 0
+        if saved != stage:
+            return steps
+        for name, part in parts.items():
+            part.load_state_dict(self.state[name])
+        return self.state["step"]
+
+    @contextlib.contextmanager
+    def heed_signals(self) -> Iterator[None]:
+        """Let Ctrl-C and SIGTERM set `stop`, so that no step is left half-done. The second time
+        they end the program where it is."""
+
+        def ask_to_stop(number: int, frame) -> None:
+            if self.stop:
+                raise KeyboardInterrupt
+            self.stop = True
+
+        main_thread = threading.current_thread() is threading.main_thread()
+        names = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+        before = {name: signal.signal(name, ask_to_stop) for name in names}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+
+def average(values: Sequence[float], device: str) -> list[float]:
+    """Each of some numbers, averaged over all processes."""
+    if process_count() == 1:
+        return list(values)
+    return gather(torch.tensor([values], device=device)).mean(dim=0).tolist()
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Make each gradient its mean over all processes, and return them. That is the gradient of the
+    joint batch, since each process has as many pictures. (DistributedDataParallel does this where a
+    module's `forward` does all the work; a captioner has two methods that do.)"""
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    if process_count() > 1:
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+            gradient /= process_count()
+    return gradients
+
+
+def fit(
+    stage: str,
+    model: nn.Module,
+    step: Callable,
+    batches: Callable[[int], Iterable],
+    steps: int,
+    learning_rate: float,
+    config: TrainConfig,
+    run: Run,
+    learner: Learner | None = None,
+    validate: Callable[[], dict] | None = None,
+) -> None:
     """The loop of every stage: a batch, a loss, a gradient, an update if all of it is finite.
-    `step` takes a batch and returns the loss and what to log. `model` learns by AdamW with a
-    one-cycle learning rate; a regularizer's `network`, if any, by AdamW at a rate of its own.
-    Raises UserError when ten steps in a row were not finite."""
-    fused = dict(fused=config.device != "mps")
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate, **fused)]
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizers[0], learning_rate, max(steps, 2))
-    learned = list(network.parameters()) if network else []
-    if learned:
-        rate = config.discriminator_learning_rate
-        optimizers.append(torch.optim.AdamW(learned, lr=rate, **fused))
+
+    `batches(n)` are the batches from the n-th on. `step` takes one, and returns its loss, or those
+    of its parts, and what to log. `model` learns by AdamW with a one-cycle learning rate; the
+    network of the `learner`'s regularizer, if any, by AdamW at a rate of its own. Raises UserError
+    when ten steps in a row were not finite, KeyboardInterrupt when asked to stop."""
+    network = learner.regularizer.network if learner else nn.Identity()
+    optimizers = make_optimizers(model, learning_rate, network, config)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizers["model"], learning_rate, max(steps, 2))
+    parts = {"network": network, "cycle": cycle, "captioner": model}
+    parts |= {f"optimizer of the {name}": optimizer for name, optimizer in optimizers.items()}
+    first = run.restore(stage, steps, parts)
 
     model.train(stage != "rl")  # RL without dropout: score the policy that was sampled from
-    bar = Bar(batches, stage, steps)
-    failures = 0
-    for number, batch in enumerate(bar):
-        # A step's draws depend on nothing that came before it.
-        torch.manual_seed(config.seed * 1_000_003 + number)
-        loss, record = step(batch)
+    bar = Bar(batches(first), stage, steps, initial=first, disable=process_rank() > 0)
+    with run.heed_signals():
+        for number, batch in enumerate(bar, first):
+            # A step's draws depend on nothing that came before it.
+            torch.manual_seed(step_seed(config, number))
+            started = time.monotonic()
+            record = update(optimizers, model, network, step, batch, config, run)
+            if learner and record["updated"]:
+                rehearse(learner, optimizers)
+            record["learning_rate"] = cycle.get_last_lr()[0]
+            cycle.step()
 
-        # Gradients.
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
-        gradients = [each.grad for each in learned if each.grad is not None]
-        network_norm = nn.utils.get_total_norm(gradients)
-
-        # Update, all or nothing.
-        values = [loss.item(), norm.item(), network_norm.item(), *record.values()]
-        finite = all(math.isfinite(value) for value in values)
-        for optimizer in optimizers if finite else ():
-            optimizer.step()
-        failures = 0 if finite else failures + 1
-        if failures == 10:
-            advice = "try a lower --learning-rate"
-            raise UserError(f"{stage}: ten steps in a row were not finite; {advice}")
-        cycle.step()
-
-        write_record(log, {"stage": stage, "step": number, "loss": loss.item(), **record})
-        bar.set_postfix({name: f"{value:.3f}" for name, value in record.items()})
+            stop = record.pop("stop") > 0 or run.notes["failures"] == 10
+            record["seconds"] = time.monotonic() - started
+            run.write(stage=stage, step=number, **record)
+            show_progress(bar, number, record, config, run, learner)
+            if validate and (number + 1) % config.validate_every == 0:
+                keep_best(model, validate(), stage, number, config, run)
+                model.train(stage != "rl")
+            if stop or number + 1 == steps or (number + 1) % config.save_every == 0:
+                run.save(stage, number + 1, parts)
+            if stop:
+                give_up(stage, number + 1, run)
     model.eval()
 
 
-def write_record(log, record: dict) -> None:
-    """Add a line of JSON to a log. A number that is not finite, which JSON lacks, becomes null."""
-    for name, value in record.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            record[name] = None
-    log.write(json.dumps(record) + "\n")
-    log.flush()
+def step_seed(config: TrainConfig, number: int) -> int:
+    """The seed of a step, for each process another one."""
+    return (config.seed * 1_000_003 + number) * process_count() + process_rank()
 
 
-def split(config: TrainConfig) -> tuple[list[Example], list[Example]]:
-    """Training and test examples of a data set of the user's, shuffled by the seed."""
-    examples = read_examples(config.data)
-    random.Random(config.seed).shuffle(examples)
-    test_size = max(min(config.test_size, len(examples) // 5), 1)
-    return examples[test_size:][: config.train_size], examples[:test_size]
+def make_optimizers(model: nn.Module, learning_rate: float, network: nn.Module,
+                    config: TrainConfig) -> dict[str, torch.optim.Optimizer]:  # fmt: skip
+    """AdamW for what is to be learned of the model and, if anything, of a regularizer's network."""
+    rates = {"model": learning_rate, "network": config.discriminator_learning_rate}
+    optimizers = {}
+    for name, module in (("model", model), ("network", network)):
+        learned = [weight for weight in module.parameters() if weight.requires_grad]
+        if learned:
+            options = dict(lr=rates[name], fused=config.device != "mps")
+            optimizers[name] = torch.optim.AdamW(learned, **options)
+    return optimizers
+
+
+def update(
+    optimizers: dict[str, torch.optim.Optimizer],
+    model: nn.Module,
+    network: nn.Module,
+    step: Callable,
+    batch: Batch,
+    config: TrainConfig,
+    run: Run,
+) -> dict[str, float]:
+    """One step of all optimizers, or of none if anything is not finite. Returns what to log, which
+    is the same for all processes."""
+    # Gradients.
+    for optimizer in optimizers.values():
+        optimizer.zero_grad()
+    losses, record = step(batch)
+    total = 0.0
+    for loss in [losses] if isinstance(losses, Tensor) else losses:
+        loss.backward()
+        total += loss.item()
+    average_gradients(model.parameters())
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm).item()
+    network_norm = nn.utils.get_total_norm(average_gradients(network.parameters())).item()
+
+    # Update, all or nothing.
+    record = {"loss": total, **record, "gradient_norm": norm, "network_gradient_norm": network_norm}
+    record["stop"] = float(run.stop)
+    record = dict(zip(record, average(list(record.values()), config.device)))
+    finite = all(math.isfinite(value) for value in record.values())
+    for optimizer in optimizers.values() if finite else ():
+        optimizer.step()
+    notes = run.notes
+    notes["failures"] = 0 if finite else notes.get("failures", 0) + 1  # in a row
+    notes["skipped"] = notes.get("skipped", 0) + (not finite)  # in all
+    return record | {"updated": finite, "skipped_steps": notes["skipped"]}
+
+
+def rehearse(learner: Learner, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+    """The further updates of the regularizer's network, on the captions that were just judged."""
+    for _ in range(learner.method.discriminator_steps - 1):
+        _, loss, _ = learner.regularizer.score(*learner.judged)
+        optimizers["network"].zero_grad()
+        loss.backward()
+        average_gradients(learner.regularizer.network.parameters())
+        optimizers["network"].step()
+
+
+def show_progress(bar: Bar, number: int, record: dict, config: TrainConfig, run: Run,
+                  learner: Learner | None) -> None:  # fmt: skip
+    """Tell the bar how it goes, TensorBoard too if it is wanted, and some captions now and then."""
+    names = ("reward", "discriminator_accuracy", "mean_length", "ground_truth_share")
+    shown = {name: record[name] for name in names if name in record} or {"loss": record["loss"]}
+    bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
+    if run.board:
+        for name, value in record.items():
+            run.board.add_scalar(f"{bar.desc}/{name}", value, number)
+    if learner and config.log_every and (number + 1) % config.log_every == 0:
+        rollout, _ = learner.judged
+        captions = rollout.captions[: rollout.sizes[0] : learner.method.samples][:3]
+        run.write(stage=bar.desc, step=number, captions=captions)
+        for caption in captions:
+            bar.say(f"  step {number}: {caption}")
+
+
+def keep_best(model: nn.Module, measures: dict, stage: str, number: int, config: TrainConfig,
+              run: Run) -> None:  # fmt: skip
+    """Log what validation found. Remember the weights if they are the best so far by --select."""
+    run.write(stage=stage, step=number, validation=measures)
+    best = run.notes.get("best", {"value": -math.inf})
+    if config.select != "last" and measures[config.select] > best["value"]:
+        weights = {name: weight.cpu().clone() for name, weight in model.state_dict().items()}
+        value = measures[config.select]
+        run.notes["best"] = {"value": value, "step": number, "weights": weights}
+
+
+def give_up(stage: str, step: int, run: Run) -> None:
+    """End a run whose state was just saved: because it was asked to, or since it leads nowhere."""
+    if run.notes["failures"] == 10:
+        advice = "try a lower --learning-rate"
+        raise UserError(f"{stage}: ten steps in a row were not finite; {advice}")
+    if run.writes:
+        resume = "; the same command with --resume goes on from there"
+        print(f"distcap: stopped after step {step} of {stage}{resume}", file=sys.stderr)
+    raise KeyboardInterrupt
+
+
+def in_parts(batch: Batch, count: int) -> list[Batch]:
+    """A batch as `count` batches of equal size, in order."""
+    size = len(batch.ground_truth) // count
+    rows = [slice(start, start + size) for start in range(0, count * size, size)]
+    return [Batch(batch.index[own], batch.ground_truth[own], batch.pixels[own]) for own in rows]
+
+
+def join(rollouts: Sequence[Rollout], pad: int) -> Rollout:
+    """The rollouts of the parts of a batch, of equal size, as that of the whole batch."""
+    kinds, rows, captions, image_index = [], [], [], []
+    for number, rollout in enumerate(rollouts):
+        kinds += [kind for kind, size in enumerate(rollout.sizes) for _ in range(size)]
+        rows += rollout.tokens
+        captions += rollout.captions
+        image_index.append(rollout.image_index + number * len(rollout.image_embeddings))
+    # All sampled captions first, then the human ones, then the greedy ones.
+    order = sorted(range(len(kinds)), key=kinds.__getitem__)
+    padded = nn.utils.rnn.pad_sequence([rows[n] for n in order], True, pad)
+    embeddings = torch.cat([rollout.caption_embeddings for rollout in rollouts])[order]
+    images = torch.cat([rollout.image_embeddings for rollout in rollouts])
+    sizes = tuple(sum(each) for each in zip(*(rollout.sizes for rollout in rollouts)))
+    texts = [captions[n] for n in order]
+    return Rollout(padded, texts, torch.cat(image_index)[order], embeddings, images, sizes)
+
+
+def teacher_forcing_in_parts(learner: Learner, count: int, batch: Batch) -> tuple[Iterator, dict]:
+    """`Learner.teacher_forcing_step`, with memory for a part of the batch only."""
+    parts = in_parts(batch, count)
+    return (learner.teacher_forcing_step(part)[0] / count for part in parts), {}
+
+
+def reinforce_in_parts(learner: Learner, count: int, batch: Batch) -> tuple[Iterator, dict]:
+    """`Learner.reinforce_step`, with memory for a part of the batch only: all parts roll out, all
+    their captions are judged as one pool, and then each part is scored by itself."""
+    batch = learner.on_device(batch)
+    parts = in_parts(batch, count)
+    with torch.no_grad():
+        encode = learner.captioner.encode
+        rollouts = [learner.roll_out(encode(part.pixels), part) for part in parts]
+    pool = join(rollouts, learner.captioner.pad)
+    advantages, regularizer_loss, record = learner.judge(pool, batch)
+    sampled, human = advantages.split(pool.sizes[:2])
+
+    def losses() -> Iterator[Tensor]:
+        if regularizer_loss.requires_grad:
+            yield regularizer_loss
+        for part, rollout, *own in zip(parts, rollouts, sampled.chunk(count), human.chunk(count)):
+            yield learner.loss(encode(part.pixels), rollout, torch.cat(own)) / count
+
+    return losses(), record
 
 
 # ---- 10  Evaluation ------------------------------------------------------------------------------
@@ -1845,7 +2215,7 @@ def toy_captioner(seed: int) -> Captioner:
     return Captioner(model, image_processor, tokenizer, prompt="")
 
 
-def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, log,
+def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, run: Run,
              width: int = 96) -> CLIP:  # fmt: skip
     """Train an open_clip model of 0.5 million parameters on pictures and alt texts, and save it.
     Its loss is CLIP's own; its texts say more than the references do (20 % are generic)."""
@@ -1857,9 +2227,11 @@ def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, log
     text = dict(tower, heads=3, context_length=22, vocab_size=len(tokenizer))  # 20 words and ends
     vision = dict(tower, head_width=32, image_size=32, patch_size=8)
     shape = dict(embed_dim=width, vision_cfg=vision, text_cfg=text | dict(hf_tokenizer_name="toy"))
-    tokenizer.save_pretrained(folder)
-    settings = {"model_cfg": shape, "preprocess_cfg": {}}
-    write_text(folder / "open_clip_config.json", json.dumps(settings, indent=2))
+    if process_rank() == 0:
+        tokenizer.save_pretrained(folder)
+        settings = {"model_cfg": shape, "preprocess_cfg": {}}
+        write_text(folder / "open_clip_config.json", json.dumps(settings, indent=2))
+    wait_for_all()
 
     torch.manual_seed(config.seed)
     model = open_clip.CLIP(**shape).to(config.device)
@@ -1868,15 +2240,20 @@ def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, log
     pixels = stack_pixels(preprocess, [example.image for example in examples]).to(config.device)
     rng = random.Random(config.seed)
     contrastive_loss = open_clip.ClipLoss()
-
-    def step(pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, dict[str, float]]:
+    batches = []  # each process learns from all of each: they make the same CLIP
+    for pairs in schedule(examples, min(128, len(examples)), config.clip_steps, config.seed):
         rows = [row for row, _ in pairs]
         texts = [write_references(examples[row].scene, rng, 1, generic=0.2)[0] for row in rows]
-        return contrastive_loss(*model(pixels[rows], tokenize(texts).to(config.device))), {}
+        batches.append((rows, tokenize(texts)))
 
-    batches = schedule(examples, min(128, len(examples)), config.clip_steps, config.seed)
-    fit("clip", model, step, batches, len(batches), 2e-3, config, log)
-    save_model(model, str(folder / "open_clip_model.safetensors"))
+    def step(batch: tuple[list[int], Tensor]) -> tuple[Tensor, dict[str, float]]:
+        rows, tokens = batch
+        return contrastive_loss(*model(pixels[rows], tokens.to(config.device))), {}
+
+    fit("clip", model, step, lambda first: batches[first:], len(batches), 2e-3, config, run)
+    if process_rank() == 0:
+        save_model(model, str(folder / "open_clip_model.safetensors"))
+    wait_for_all()
     return CLIP.load(str(folder), config.device)
 
 
@@ -1903,20 +2280,42 @@ class Decoding:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Decoding, Method):
     """Train a captioner, and print what changed on pictures that were held out."""
-    data: str = flag("toy", "toy, the built-in world, or a folder with metadata.jsonl", nargs="?")
+    data: str = flag("toy", "toy, the built-in world; or a folder or file of pictures and captions",
+                     nargs="?")
+    images: str | None = flag(None, "folder of the pictures, if they are not beside the file")
+    train_split: str | None = flag(None, "split to train on: its name, or a file with the names of "
+                                   "pictures; otherwise train, with restval")
+    validation: str | None = flag(None, "other data for validation; otherwise the split val, or a "
+                                  "tenth that is held out")
+    test: str | None = flag(None, "other data for the test; otherwise the split test, or a tenth")
+    strict: bool = flag(False, "refuse data with missing pictures or captions, instead of "
+                        "leaving them out")
     recipe: str = flag("distinctive", f"a published method; other flags override it; one of "
                        f"{', '.join(RECIPES)}", tuple(RECIPES), metavar="NAME")
     out: str | None = flag(None, "run folder; otherwise runs/NAME-OF-DATA")
+    resume: bool = flag(False, "go on with the run in the run folder, if there is one")
     tf_steps: int = flag(0, "steps of teacher forcing, first", number(0))
     tf_learning_rate: float = flag(1e-5, "its peak learning rate", WEIGHT)
     steps: int = flag(10_000, "steps of reinforcement learning", number(0))
     learning_rate: float = flag(1e-6, "its peak learning rate", WEIGHT)
     discriminator_learning_rate: float = flag(
         7e-5, "learning rate of a regularizer's network (Eq. 4, 10)", WEIGHT)
+    pretrain_discriminator: int = flag(0, "steps in which the regularizer's network learns alone, "
+                                       "before the captioner does", number(0))
     max_gradient_norm: float = flag(1.0, "gradients are scaled down to this norm", WEIGHT)
+    accumulate: int = flag(1, "batches that make up a step, as one pool", number(1))
+    gradient_checkpointing: bool = flag(False, "save memory in the vision tower, for some time")
+    freeze_vision: bool = flag(False, "leave the vision tower as it is")
+    save_every: int = flag(500, "steps between saves of what --resume goes on from", number(1))
+    validate_every: int = flag(1000, "steps between looks at the validation pictures", number(1))
+    select: str = flag("last", "which weights to keep: the last, or those of the best validation",
+                       ("last", "reward", "cider", "text_to_image_R@1", "oracle_R@1"))
+    log_every: int = flag(0, "steps between prints of three sampled captions; 0: none", number(0))
+    tensorboard: bool = flag(False, "log to TensorBoard too, in the run folder")
     clip_steps: int = flag(600, "steps of pretraining the toy world's CLIP", number(1))
     train_size: int | None = flag(None, "use at most so many training examples", number(1))
-    test_size: int = flag(1000, "examples held out for the table, at most a fifth", number(1))
+    test_size: int = flag(1000, "examples held out for the test, at most a tenth; as many for "
+                          "validation", number(1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1951,84 +2350,361 @@ class EvalConfig(Decoding):
 # What the toy world changes; everything else is as for photographs.
 TOY = dict(captioner=None, similarity_weight=0.99, ground_truth_weight=2.0, tf_steps=600,
            tf_learning_rate=2e-3, steps=250, learning_rate=1e-3,
-           discriminator_learning_rate=1e-3, train_size=8000, workers=0)
+           discriminator_learning_rate=1e-3, validate_every=50, train_size=8000, workers=0)
 # fmt: on
 
 
 def train(config: TrainConfig) -> None:
     """`distcap train`: see TrainConfig. What can be wrong is found before anything slow begins."""
-    out = Path(config.out or f"runs/{Path(config.data).resolve().name}")
-    if out.exists():
-        raise UserError(f"{out}: already exists; remove it, or give another folder with --out")
-    if config.data == "toy":
-        training, test = toy_world(config.seed, config.train_size, config.test_size)
-    else:
-        training, test = split(config)
-    if len(training) < max(config.batch_size, config.neighbours + 1):
-        few = f"only {len(training)} training examples; give less"
-        raise UserError(f"--batch-size, --neighbours: {few}")
+    skipped: list[Skipped] = []
+    sets = toy_sets(config) if config.data == "toy" else split(config, skipped)
+    training, validation, test = sets
+    check_size(training, config)
     if config.captioner:
         config = dataclasses.replace(config, clip=clip_name(config))
         captioner, clip = load_models(config)
+    out = open_run_folder(config)
+    run = Run(out, config.resume, config.tensorboard)
+    if not config.captioner:
+        captioner = toy_captioner(config.seed).to(config.device)
+        captioner.check_length(config.max_length)
+        captioner.bf16 = config.precision == "bf16"
+        clip = toy_clip(out / "clip", training, config, run)
 
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    if config.data == "toy":
-        test = write_examples(out / "test", test)
-    with open(out / "log.jsonl", "w", encoding="utf-8") as log:
-        if not config.captioner:
-            captioner = toy_captioner(config.seed).to(config.device)
-            captioner.check_length(config.max_length)
-            captioner.bf16 = config.precision == "bf16"
-            clip = toy_clip(out / "clip", training, config, log)
-        embeddings = clip.embed_images([example.image for example in test], config.workers)
-        captions = learn(captioner, clip, training, test, config, log)
-    captioner.save(out / "captioner")
+    # Look at every picture, now rather than in the middle of training.
+    if config.data != "toy":
+        tell_same_bytes(dict(zip(("training", "validation", "test"), sets)))
+    training, embeddings = look(training, clip, config, skipped, needed=config.uses_images)
+    validation, validation_embeddings = look(validation, clip, config, skipped)
+    test, test_embeddings = look(test, clip, config, skipped)
+    tell_skipped(out, skipped, config)
+    check_size(training, config)
+    if run.writes:
+        write_examples(out / "validation", validation)
+        write_examples(out / "test", test)
+        if config.data != "toy":
+            names = [os.path.realpath(example.image) for example in training]
+            write_text(out / "training.txt", "".join(f"{name}\n" for name in names))
 
-    results = {row: evaluate(texts, test, embeddings, clip) for row, texts in captions.items()}
+    learner = Learner(captioner, clip, config, config.max_length)
+    learner.image_embeddings = embeddings
+
+    def validate() -> dict[str, float]:
+        captions = caption_all(captioner, [each.image for each in validation], config)
+        rows = torch.arange(len(captions), device=validation_embeddings.device)
+        written = clip.embed_captions(captions)
+        rewards = contrastive_reward(written, validation_embeddings, rows, clip.logit_scale)
+        measures = evaluate(captions, validation, validation_embeddings, clip)
+        return {"reward": rewards.mean().item()} | measures
+
+    captions = learn(learner, training, test, config, run, validate)
+    if run.writes:
+        results = {}
+        for row, texts in captions.items():
+            results[row] = evaluate(texts, test, test_embeddings, clip)
+        finish(out, captioner, results, captions, test, config)
+    wait_for_all()
+
+
+def toy_sets(config: TrainConfig) -> tuple[list[Example], list[Example], list[Example]]:
+    """Training, validation and test examples of the toy world. No scene is in two of them."""
+    training, test = toy_world(config.seed, config.train_size, config.test_size)
+    seen = {example.scene for example in (*training, *test)}
+    others = toy_world(config.seed + 2**32, 0, 2 * min(config.test_size, 200))[1]
+    unseen = [example for example in others if example.scene not in seen]
+    return training, unseen[: min(config.test_size, 200)], test
+
+
+def split(config: TrainConfig, skipped: list[Skipped]) -> tuple[list, list, list]:
+    """Training, validation and test examples of a data set of the user's: its own splits, else what
+    a rule holds out that knows the pictures' ids alone, and no seed."""
+
+    def chance(example: Example) -> str:
+        name = example.image_id.encode("utf-8", "surrogateescape")
+        return hashlib.sha256(name).hexdigest()
+
+    examples = read_examples(config.data, config.images, skipped=skipped)
+    names = {example.split for example in examples}
+    if config.train_split:
+        training = choose_split(config.data, examples, config.train_split, skipped)
+    else:
+        training = [each for each in examples if each.split in ("train", "restval", None)]
+    held_out = {}
+    for name, data in (("test", config.test), ("val", config.validation)):
+        if data:
+            held_out[name] = read_examples(data, config.images, skipped=skipped)
+        elif name in names:
+            held_out[name] = [each for each in examples if each.split == name]
+        else:
+            count = max(min(config.test_size, len(examples) // 10), 1)
+            training = sorted(training, key=chance)
+            held_out[name], training = training[:count], training[count:]
+
+    # No picture is both learned from and tested on, whatever the data say.
+    used = {os.path.realpath(each.image) for part in held_out.values() for each in part}
+    kept = [each for each in training if os.path.realpath(each.image) not in used]
+    if len(kept) < len(training):
+        shared = [each for each in training if os.path.realpath(each.image) in used]
+        skipped += [Skipped(each.image_id, "also held out") for each in shared]
+    if config.normalize:
+        kept = [normalized for each in kept if (normalized := normalize_references(each, skipped))]
+    return kept[: config.train_size], held_out["val"], held_out["test"]
+
+
+def tell_same_bytes(parts: dict[str, Sequence[Example]]) -> None:
+    """Say in one line if pictures are copies of one another, as by mistake they often are."""
+    by_size: dict[int, list[tuple[str, Path]]] = {}
+    for name, examples in parts.items():
+        for example in examples:
+            by_size.setdefault(example.image.stat().st_size, []).append((name, example.image))
+    first: dict[bytes, tuple[str, Path]] = {}
+    copies = []
+    for suspects in by_size.values():
+        for name, image in suspects if len(suspects) > 1 else ():
+            earlier = first.setdefault(file_digest(image), (name, image))
+            if earlier[1] != image:
+                copies.append(f"{image} ({name}) and {earlier[1]} ({earlier[0]})")
+    if copies and process_rank() == 0:
+        what = f"distcap: {len(copies)} pictures have the same bytes as another: {copies[0]}"
+        print(what + ", ..." * (len(copies) > 1), file=sys.stderr)
+
+
+def normalize_references(example: Example, skipped: list[Skipped]) -> Example | None:
+    """An example to learn from, its references as BLIP's were; None if they were punctuation."""
+    references = [normalize_caption(text) for text in example.references]
+    if not all(references):
+        skipped.append(Skipped(example.image_id, "a caption without words"))
+    words = tuple(filter(None, references))
+    return dataclasses.replace(example, references=words) if words else None
+
+
+def check_size(training: Sequence[Example], config: TrainConfig) -> None:
+    """Raise UserError if there are fewer training examples than a step needs."""
+    batch = config.batch_size * config.accumulate * process_count()
+    if len(training) < max(batch, config.neighbours + 1):
+        few = f"a step takes {batch}, of only {len(training)} training examples; give less"
+        raise UserError(f"--batch-size, --accumulate, --neighbours: {few}")
+
+
+# What may differ between a run and its continuation.
+FREE = ("resume", "strict", "workers", "device", "save_every", "log_every", "tensorboard")
+
+
+def open_run_folder(config: TrainConfig) -> Path:
+    """Make the run folder, with the settings in its config.json. Raises UserError if it exists and
+    is not to be resumed, or was made with other settings, or is complete."""
+    out = Path(config.out or f"runs/{Path(config.data).resolve().stem}")
+    path = out / "config.json"
+    if out.exists() and not config.resume:
+        advice = "go on with it by --resume, remove it, or give another folder with --out"
+        raise UserError(f"{out}: already exists; {advice}")
+    settings = dataclasses.asdict(config) | {"processes": process_count()}
+    if path.exists():
+        with explain(f"{path}: cannot be read"):
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if name not in FREE and earlier.get(name) != value:
+                was = f"the run began with {earlier.get(name)}"
+                raise UserError(f"--{name.replace('_', '-')} {value}: {was}; give the same command")
+        if (out / "results.json").exists():
+            raise UserError(f"{out}: this run is complete; nothing to resume")
+    wait_for_all()  # lest another process find what this one makes
+    if process_rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+    wait_for_all()
+    return out
+
+
+def look(examples: list[Example], clip: CLIP, config: TrainConfig, skipped: list[Skipped],
+         needed: bool = True) -> tuple[list[Example], Tensor]:  # fmt: skip
+    """The examples whose pictures can be read, and the embeddings (N, D) of these pictures. If they
+    are not `needed`, every picture is read all the same, and the embeddings are zeros."""
+    images = [example.image for example in examples]
+    failures: list[tuple[int, UserError]] = []
+    if needed:
+        embeddings = embed_cached(clip, images, config.workers, failures)
+    else:
+        batches = PictureBatches(own_share(images), [], 64, clip.side)
+        order = range(len(batches)) if isinstance(images[0], Path) else ()
+        read = []
+        for batch in read_ahead(batches, order, config.workers):
+            read += batch.failures
+        failures = [(n, each) for n, each in enumerate(put_together(read)) if each]
+        width = clip.embed_captions(["a"]).shape[1]
+        embeddings = torch.zeros(1, width, device=clip.device).expand(len(images), -1)
+    bad = dict(failures)
+    skipped += [Skipped(examples[n].image_id, str(error)) for n, error in failures]
+    good = [example for n, example in enumerate(examples) if n not in bad]
+    return good, embeddings[: len(good)]
+
+
+def embed_cached(clip: CLIP, images: list, workers: int, failures: list) -> Tensor:
+    """`CLIP.embed_images`, from the disk if these very pictures, by their bytes, were embedded by
+    these very weights before. Pictures in memory are embedded anew."""
+    if not all(isinstance(image, Path) for image in images):
+        return clip.embed_images(images, workers)
+    key = hashlib.sha256(repr((clip.pixels, clip.side)).encode())
+    for weight in clip.model.state_dict().values():
+        key.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for digest in pool.map(file_digest, images):
+            key.update(digest)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "distcap")
+    path = folder / f"{key.hexdigest()}.pt"
+    with contextlib.suppress(Exception):  # whatever is wrong with it, it can be made again
+        saved = torch.load(path, map_location=clip.device, weights_only=True)
+        failures += [(n, UserError(reason)) for n, reason in saved["failures"]]
+        return saved["embeddings"]
+    embeddings = clip.embed_images(images, workers, failures)
+    if process_rank() == 0:
+        with contextlib.suppress(OSError):  # no room for it, or no leave
+            folder.mkdir(parents=True, exist_ok=True)
+            reasons = [(n, str(error)) for n, error in failures]
+            torch.save({"embeddings": embeddings, "failures": reasons}, f"{path}.partial")
+            Path(f"{path}.partial").replace(path)
+    return embeddings
+
+
+def file_digest(path: Path) -> bytes:
+    """A hash of a file's bytes; of nothing if it cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+    return bytes(32)
+
+
+def tell_skipped(out: Path, skipped: Sequence[Skipped], config: TrainConfig) -> None:
+    """Say in one line what of the data is not used, and list it in the run folder. Raises UserError
+    if that is to be refused."""
+    if not skipped:
+        return
+    first = f"{skipped[0].name}: {skipped[0].reason}"
+    if config.strict:
+        raise UserError(f"--strict: {len(skipped)} faults in the data, the first: {first}")
+    if process_rank() == 0:
+        lines = [json.dumps(each._asdict()) + "\n" for each in skipped]
+        write_text(out / "skipped.jsonl", "".join(lines))
+        listed = f"listed in {out}/skipped.jsonl; the first: {first}"
+        print(f"distcap: left out {len(skipped)} pictures or captions, {listed}", file=sys.stderr)
+
+
+def learn(learner: Learner, training: Sequence[Example], test: Sequence[Example],
+          config: TrainConfig, run: Run, validate: Callable) -> dict[str, list[str]]:  # fmt: skip
+    """Teacher forcing (Eq. 1), then reinforcement learning (Eq. 2 to 10). Returns captions of the
+    test pictures before and after RL; with `--objective tf`, before and after teacher forcing."""
+    captioner, count = learner.captioner, config.accumulate
+    images = [example.image for example in test]
+    dataset = CaptionDataset(training, captioner.pixels, captioner.side)
+    if config.freeze_vision:
+        captioner.vision.requires_grad_(False)
+    if config.gradient_checkpointing:
+        captioner.checkpoint_vision()
+
+    def stage(name: str, model: nn.Module, step: Callable, steps: int, rate: float,
+              **options) -> None:  # fmt: skip
+        size = config.batch_size * count
+        joint = schedule(training, size * process_count(), steps, config.seed)
+        order = [pairs[process_rank() * size :][:size] for pairs in joint]
+
+        def batches(first: int) -> Iterator[Batch]:
+            return read_ahead(dataset, order[first:], config.workers)
+
+        fit(name, model, step, batches, steps, rate, config, run, **options)
+
+    def remember_before() -> None:
+        if "before" not in run.notes:  # after a resumption they are there already
+            run.notes["before"] = caption_all(captioner, images, config)
+
+    tf_step, rl_step = learner.teacher_forcing_step, learner.reinforce_step
+    if count > 1:
+        tf_step = functools.partial(teacher_forcing_in_parts, learner, count)
+        rl_step = functools.partial(reinforce_in_parts, learner, count)
+    if config.objective == "tf":
+        remember_before()
+        rate = config.tf_learning_rate
+        stage("tf", captioner, tf_step, config.tf_steps, rate, validate=validate)
+    else:
+        stage("tf", captioner, tf_step, config.tf_steps, config.tf_learning_rate)
+        remember_before()
+        prepare_reinforcement(learner, training, config)
+        if steps := config.pretrain_discriminator:
+            network, rate = learner.regularizer.network, config.discriminator_learning_rate
+            stage("discriminator", network, learner.discriminator_step, steps, rate)
+        options = dict(learner=learner, validate=validate)
+        stage("rl", captioner, rl_step, config.steps, config.learning_rate, **options)
+    if "best" in run.notes:
+        captioner.load_state_dict(run.notes["best"]["weights"])
+    return {"before": run.notes["before"], "after": caption_all(captioner, images, config)}
+
+
+def prepare_reinforcement(learner: Learner, training: Sequence[Example], config: TrainConfig):
+    """Embed the training pictures, unless they are, once for all epochs; make the regularizer,
+    which may compare with the captioner as it is now."""
+    if learner.image_embeddings is None:
+        images = [example.image for example in training]
+        learner.image_embeddings = learner.clip.embed_images(images, config.workers)  # (N, D)
+    torch.manual_seed(config.seed)
+    learner.regularizer = make_regularizer(learner, [each.references for each in training])
+    if isinstance(learner.regularizer, KL):  # its captioner is saved with the rest, not learned
+        learner.regularizer.network = learner.regularizer.initial.requires_grad_(False)
+    learner.regularizer.network.to(config.device)
+
+
+def finish(
+    out: Path,
+    captioner: Captioner,
+    results: dict[str, dict[str, float]],
+    captions: dict[str, list[str]],
+    test: Sequence[Example],
+    config: TrainConfig,
+) -> None:
+    """Write what a run leaves: the captioner with a model card, results.json and captions.json, in
+    COCO's form; and print the table with a few captions."""
+    partial = out / "captioner.partial"
+    captioner.save(partial)
     packages = ("torch", "transformers", "open_clip_torch", "pycocoevalcap")
     about = dict(split="test", images=len(test), seed=config.seed, beams=config.beams)
     about |= dict(max_length=config.max_length, versions={name: version(name) for name in packages})
+    write_text(partial / "README.md", model_card(results["after"], about, config))
+    shutil.rmtree(out / "captioner", ignore_errors=True)
+    partial.replace(out / "captioner")
+    rows = [{"image_id": example.image_id, "caption": text}
+            for example, text in zip(test, captions["after"])]  # fmt: skip
+    write_text(out / "captions.json", json.dumps(rows, indent=1) + "\n")
     write_text(out / "results.json", json.dumps(results | about, indent=2) + "\n")
+    (out / "state.pt").unlink(missing_ok=True)  # large, and of no more use
+
     print(table(results))
     for example, before, after in zip(test[:6], captions["before"], captions["after"]):
         print(f"\n{example.image_id}\n  before  {before}\n  after   {after}")
 
 
-def learn(captioner: Captioner, clip: CLIP, training: Sequence[Example], test: Sequence[Example],
-          config: TrainConfig, log) -> dict[str, list[str]]:  # fmt: skip
-    """Teacher forcing (Eq. 1), then reinforcement learning (Eq. 2 to 10). Returns captions of the
-    test pictures before and after RL; with `--objective tf`, before and after teacher forcing."""
-    images = [example.image for example in test]
-    dataset = CaptionDataset(training, captioner.pixels, captioner.side)
-    learner = Learner(captioner, clip, config, config.max_length)
+def model_card(measures: dict[str, float], about: dict, config: TrainConfig) -> str:
+    """What the Hugging Face Hub shows of a captioner, as Markdown."""
+    usual = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    flags = []
+    for name, value in vars(config).items():
+        if value not in (usual[name], None) and name not in ("data", "out", *FREE):
+            flags.append(f"--{name.replace('_', '-')} {value}")
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in measures.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: image-to-text
+tags: [image-captioning, reinforcement-learning, distcap]
+---
+# An image captioner, trained by distcap
 
-    def write() -> list[str]:
-        return caption_all(captioner, images, config)
+`distcap train {config.data} {" ".join(flags)}`
 
-    def stage(name: str, step: Callable, steps: int, rate: float, network=None) -> None:
-        order = schedule(training, config.batch_size, steps, config.seed)
-        batches = read_ahead(dataset, order, config.workers)
-        fit(name, captioner, step, batches, steps, rate, config, log, network)
+On {about["images"]} pictures of the test split:
 
-    before = write() if config.objective == "tf" else []
-    stage("tf", learner.teacher_forcing_step, config.tf_steps, config.tf_learning_rate)
-    if config.objective == "rl":
-        before = write()
-        prepare_reinforcement(learner, training, config)
-        network = learner.regularizer.network
-        stage("rl", learner.reinforce_step, config.steps, config.learning_rate, network)
-    return {"before": before, "after": write()}
+| | |
+|---|---|
+{rows}
 
-
-def prepare_reinforcement(learner: Learner, training: Sequence[Example], config: TrainConfig):
-    """Embed the training pictures, once for all epochs, and make the regularizer, which may compare
-    with the captioner as it is now."""
-    images = [example.image for example in training]
-    learner.image_embeddings = learner.clip.embed_images(images, config.workers)  # (N, D)
-    torch.manual_seed(config.seed)
-    learner.regularizer = make_regularizer(learner, [each.references for each in training])
-    learner.regularizer.network.to(config.device)
+{versions}
+"""
 
 
 class Written(NamedTuple):
@@ -2173,10 +2849,11 @@ def ignored_flags(config: Decoding) -> dict[str, str]:
     elif isinstance(config, TrainConfig):
         ignored = ignored_settings(config)
         if config.regularizer not in ("discriminator", "grammar"):
-            ignored["discriminator_learning_rate"] = "regularizer"
+            names = ["discriminator_learning_rate", "pretrain_discriminator"]
+            ignored |= dict.fromkeys(names, "regularizer")
         if config.objective == "tf":
-            rates = ["learning_rate", "discriminator_learning_rate"]
-            ignored |= dict.fromkeys(["steps", *rates], "objective")
+            names = ["steps", "learning_rate", "discriminator_learning_rate", "log_every"]
+            ignored |= dict.fromkeys([*names, "pretrain_discriminator"], "objective")
             ignored |= {"recipe": "objective"} if config.recipe != "tf" else {}
         if config.tf_steps == 0:
             ignored["tf_learning_rate"] = "tf_steps"
@@ -2184,6 +2861,9 @@ def ignored_flags(config: Decoding) -> dict[str, str]:
             ignored["clip_steps"] = "captioner"
         else:
             ignored["prompt"] = "captioner"
+        if config.data == "toy":
+            names = ("images", "train_split", "validation", "test", "strict")
+            ignored |= dict.fromkeys(names, "data")
     return ignored
 
 
@@ -2205,6 +2885,10 @@ def check(config: Decoding, given: set[str]) -> None:
         if config.sampled_weight == config.ground_truth_weight == 0:
             what = "--sampled-weight 0 --ground-truth-weight 0"
             raise UserError(f"{what}: nothing to train; give one of them")
+        if config.tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise UserError("--tensorboard: it is not installed; pip install tensorboard")
+        if config.select == "oracle_R@1" and config.data != "toy":
+            raise UserError("--select oracle_R@1: only the toy world knows the truth")
         if config.baseline == "group" and config.samples < 2:
             raise UserError("--baseline group: needs --samples 2 or more")
         if config.baseline == "neighbours" and config.neighbours < 1:
@@ -2284,6 +2968,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[str, Decoding, set
     return verb, config, set(given)
 
 
+def join_processes(config: Decoding) -> Decoding:
+    """Meet the other processes that torchrun has started: each has a GPU of its own, or none has.
+    Returns the settings with the device of this one."""
+    if config.device == "cuda":
+        config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(config.device)
+    with explain("torchrun: the processes do not meet"):
+        torch.distributed.init_process_group("nccl" if "cuda" in config.device else "gloo")
+    return config
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 some inputs failed, 2 a mistake."""
     verb, config, given = parse_arguments(arguments)
@@ -2296,6 +2991,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         getattr(stream, "reconfigure", dict)(encoding="utf-8", errors="surrogateescape")
     try:
         check(config, given)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            config = join_processes(config)
         return VERBS[verb][1](config) or 0
     except (BrokenPipeError, KeyboardInterrupt) as stop:  # the reader has seen enough; or Ctrl-C
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,7 +5,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import: no test may reach for the network
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # `main` does it too, but after these imports
 
-import io
 from types import SimpleNamespace
 
 import pytest
@@ -45,7 +44,7 @@ def captioner():
 def clip(tmp_path_factory, world):
     """A toy CLIP after a handful of steps."""
     folder = tmp_path_factory.mktemp("clip") / "clip"
-    return distcap.toy_clip(folder, world, configure(clip_steps=5), io.StringIO())
+    return distcap.toy_clip(folder, world, configure(clip_steps=5), distcap.Run())
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Captioners of every family, on tiny random checkpoints saved in the true formats."""
 
-import io
 import json
 
 import pytest
@@ -230,12 +229,15 @@ def test_the_prompt_is_saved(folder, tmp_path):
     assert distcap.Captioner.load(str(tmp_path), prompt="").prompt == ""
 
 
-def test_both_stages_train_every_family(captioner, folder, clip, world):
-    learning, log = distcap.Captioner.load(str(folder)), io.StringIO()
+def test_both_stages_train_every_family(captioner, folder, clip, world, tmp_path):
+    learning, run = distcap.Captioner.load(str(folder)), distcap.Run(tmp_path)
     short = dict(tf_steps=3, steps=2, batch_size=4, samples=2, max_length=12)
-    captions = distcap.learn(learning, clip, world, world[:3], configure(**short), log)
+    config = configure(**short)
+    learner = distcap.Learner(learning, clip, config, config.max_length)
+    captions = distcap.learn(learner, world, world[:3], config, run, validate=dict)
     assert [len(captions[row]) for row in ("before", "after")] == [3, 3]
-    losses = [json.loads(line)["loss"] for line in log.getvalue().splitlines()]
+    log = (tmp_path / "log.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in log]
     assert len(losses) == 5 and all(abs(loss) < 100 for loss in losses)
     before, after = (dict(each.model.named_parameters()) for each in (captioner, learning))
     unmoved = {name for name in before if torch.equal(before[name], after[name])}

@@ -85,6 +85,6 @@ def test_samples_that_are_not_learned_from_are_ignored_unless_something_else_hea
     assert not ignored(baseline="greedy")  # they are the zeros of the discriminator
 
 
-def test_teacher_forcing_ignores_all_but_the_length_normalizer():
+def test_teacher_forcing_ignores_all_but_the_length_and_normalization():
     ignored = distcap.ignored_settings(distcap.Method(objective="tf"))
-    assert set(FIELDS) - set(ignored) == {"objective", "length_normalizer"}
+    assert set(FIELDS) - set(ignored) == {"objective", "normalize", "length_normalizer"}

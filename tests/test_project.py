@@ -152,8 +152,8 @@ def test_no_line_over_100_columns():
         pytest.fail(f"{len(wide)} lines over 100 columns: {' '.join(wide)}", pytrace=False)
 
 
-def test_no_more_than_2950_lines_and_50_a_function():
-    assert len(LINES) <= 2950
+def test_no_more_than_3500_lines_and_50_a_function():
+    assert len(LINES) <= 3500
     long = [(n, f"{name}, {length} lines") for length, n, name in lengths(FILE) if length > 50]
     refuse("functions of over 50 lines:", long)
 

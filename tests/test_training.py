@@ -1,9 +1,10 @@
 """Training: the loop, updates that are finite or nothing, the schedule, and that it all learns."""
 
 import copy
-import io
+import functools
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -12,14 +13,34 @@ from conftest import configure
 import distcap
 
 
-def fit_one_weight(step, batches, network=None, **values):
-    """Fit a linear model of one weight, 1.0 at first; the model and the log's records."""
-    model, log = torch.nn.Linear(1, 1, bias=False), io.StringIO()
+class Log(distcap.Run):
+    """A run without a folder that keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.records = []
+
+    def write(self, **record):
+        record.pop("seconds", None)  # the clock is never the same
+        self.records.append(record)
+
+
+def teaches(network):
+    """What `fit` asks of a learner whose regularizer has this network."""
+    regularizer = types.SimpleNamespace(network=network)
+    return types.SimpleNamespace(regularizer=regularizer, method=distcap.Method())
+
+
+def fit_one_weight(step, batches, network=None, run=None, **values):
+    """Fit a linear model of one weight, 1.0 at first; the model and what was logged."""
+    model, run = torch.nn.Linear(1, 1, bias=False), run or Log()
     torch.nn.init.constant_(model.weight, 1.0)
+    own = functools.partial(step, model)
+    learner = teaches(network) if network else None
+    rest = lambda first: batches[first:]  # noqa: E731
     config = configure(**values)
-    run = lambda batch: step(model, batch)  # noqa: E731
-    distcap.fit("rl", model, run, batches, len(batches), 0.1, config, log, network)
-    return model, [json.loads(line) for line in log.getvalue().splitlines()]
+    distcap.fit("rl", model, own, rest, len(batches), 0.1, config, run, learner)
+    return model, getattr(run, "records", None)
 
 
 def test_gradients_are_clipped_and_every_step_is_logged():
@@ -89,14 +110,16 @@ def test_the_optimizers_state_survives_a_broken_step():
     assert run(["good", "bad", "good", "good"]) == run(["good"] * 3)
 
 
-def test_the_log_is_json_whatever_happens():
+def test_the_log_is_json_whatever_happens(tmp_path):
     """json.dumps writes NaN, which JSON does not have."""
 
     def step(model, batch):
         return model.weight.sum() * math.nan, {"reward": math.inf}
 
-    _, records = fit_one_weight(step, [1])
-    assert records == [{"stage": "rl", "step": 0, "loss": None, "reward": None}]
+    fit_one_weight(step, [1], run=distcap.Run(tmp_path))
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    record = json.loads(line, parse_constant=pytest.fail)
+    assert (record["loss"], record["reward"], record["updated"]) == (None, None, False)
 
 
 def test_ten_steps_in_a_row_that_are_not_finite_end_the_run():
@@ -118,7 +141,7 @@ def test_there_is_dropout_but_not_in_reinforcement_learning(stage, dropout):
         modes.append(model.training)
         return model.weight.sum(), {}
 
-    distcap.fit(stage, model, step, [1], 1, 0.1, configure(), io.StringIO())
+    distcap.fit(stage, model, step, lambda _: [1], 1, 0.1, configure(), distcap.Run())
     assert modes == [dropout] and not model.training
 
 
@@ -141,25 +164,25 @@ def test_a_broken_embedding_leaves_captioner_and_discriminator_as_they_were(lear
     captioner, network = learner.captioner, learner.regularizer.network
     before = copy.deepcopy((captioner.state_dict(), network.state_dict()))
     learner.image_embeddings[batch.index[0]] = torch.nan
-    log, step = io.StringIO(), learner.reinforce_step
-    distcap.fit("rl", captioner, step, [batch], 1, 1e-3, configure(), log, network)
+    step, log = learner.reinforce_step, Log()
+    distcap.fit("rl", captioner, step, lambda _: [batch], 1, 1e-3, configure(), log, learner)
     for module, state in zip((captioner, network), before):
         assert all(value.equal(state[name]) for name, value in module.state_dict().items())
-    assert json.loads(log.getvalue())["reward"] is None
+    assert math.isnan(log.records[0]["reward"])
 
 
 def run_stage(learner, stage, steps, batch_size, examples):
     """Fit `steps` steps of a stage; what was logged."""
-    log = io.StringIO()
+    log = Log()
     dataset = distcap.CaptionDataset(examples, learner.captioner.pixels)
     order = distcap.schedule(examples, batch_size, steps, 0)
-    batches = distcap.read_ahead(dataset, order, 0)
-    config, network = learner.method, learner.regularizer.network
+    batches = lambda first: distcap.read_ahead(dataset, order[first:], 0)  # noqa: E731
+    config = learner.method
     step, rate = learner.teacher_forcing_step, config.tf_learning_rate
     if stage == "rl":
         step, rate = learner.reinforce_step, config.learning_rate
-    distcap.fit(stage, learner.captioner, step, batches, steps, rate, config, log, network)
-    return [json.loads(line) for line in log.getvalue().splitlines()]
+    distcap.fit(stage, learner.captioner, step, batches, steps, rate, config, log, learner)
+    return log.records
 
 
 @pytest.mark.parametrize("baseline", ["contrastive", "greedy", "group", "neighbours", "none"])

@@ -28,7 +28,6 @@ OMP_WAIT_POLICY=passive: else torch's threads spin while they wait for each othe
 """
 
 import argparse
-import io
 import os
 import resource
 import shutil
@@ -216,7 +215,7 @@ def make_learner(checkpoint: str, batch_size: int) -> tuple[distcap.Learner, dis
     config = distcap.TrainConfig(**values, device="cpu")
     world, _ = distcap.toy_world(0, max(batch_size, 8), 0)
     with tempfile.TemporaryDirectory() as folder:
-        clip = distcap.toy_clip(Path(folder, "clip"), world, config, io.StringIO())
+        clip = distcap.toy_clip(Path(folder, "clip"), world, config, distcap.Run())
     captioner = distcap.Captioner.load(checkpoint)
     learner = distcap.Learner(captioner, clip, config, LENGTH)
     distcap.prepare_reinforcement(learner, world, config)

@@ -278,7 +278,7 @@ def make_judge(folder: Path, seed: int, quick: bool) -> distcap.CLIP:
             values |= dict(clip_steps=10, train_size=200)
         config = distcap.TrainConfig(**values)
         examples, _ = distcap.toy_world(config.seed, config.train_size, 0)
-        distcap.toy_clip(folder, examples, config, io.StringIO(), width=192)
+        distcap.toy_clip(folder, examples, config, distcap.Run(), width=192)
     return distcap.CLIP.load(str(folder))
 
 
