@@ -53,7 +53,6 @@ import functools
 import hashlib
 import importlib.util
 import inspect
-import io
 import json
 import logging
 import math
@@ -67,6 +66,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -1255,15 +1255,16 @@ def find_images(paths: Iterable[str], recursive: bool = True) -> list[Path]:
 
 
 def read_text(path: Path) -> str:
-    """A file in UTF-8, with or without a byte order mark. Raises UserError with the line that is
-    not: characters read wrongly would be trained on."""
+    """A file in UTF-8, with or without a byte order mark; each line ends in "\\n". Raises UserError
+    with the line that is not UTF-8: characters read wrongly would be trained on."""
     with explain(f"{path}: cannot be read"):
         data = path.read_bytes()
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        line = len(data[: error.end].splitlines())
         raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -1288,18 +1289,21 @@ CAPTION_KEYS = ("caption", "captions", "text", "comment")
 
 def make_row(where: str, fields: dict) -> Row:
     """Check what a data file says of a picture, `where` it says it. Raises UserError if that is no
-    name, or no texts; there may be no caption, or an empty one."""
-    names = [fields.get(key) for key in NAME_KEYS if key in fields]
-    if not names or not isinstance(names[0], str) or not names[0].strip():
+    name, or no texts. There may be no caption, or an empty one."""
+    name = next((fields[key] for key in NAME_KEYS if key in fields), None)
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise UserError(f"{where}: no file_name, or one that is not a text")
-    found = [fields[key] for key in CAPTION_KEYS if fields.get(key) is not None]
-    captions = found[0] if found else []
+    captions = next((fields[key] for key in CAPTION_KEYS if fields.get(key) is not None), "")
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         raise UserError(f"{where}: caption must be a text or a list of texts")
+    for key, kinds in (("split", str | None), ("image_id", str | int | None)):
+        if not isinstance(fields.get(key), kinds):
+            raise UserError(f"{where}: {key} must be a text")
     with explain(f"{where}: not text"):  # half a character is an error here, not in training
+        os.fsencode(name)
         "".join(captions).encode("utf-8")
-    return Row(names[0], captions, fields)
+    return Row(name, captions, fields)
 
 
 def parse_json(where: str, text: str, line: int = 1):
@@ -1326,36 +1330,62 @@ def read_lines(path: Path, text: str) -> Iterator[Row]:
 def read_csv(path: Path, text: str, delimiter: str) -> Iterator[Row]:
     """Rows of a table with a header: metadata.csv, Flickr8k's captions.txt, Flickr30k's results."""
     quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
-    header, before = None, 0
-    while True:
-        with explain(f"{path}:{lines.line_num + 1}: not a line of a table"):
-            cells = next(lines, None)
-        if cells is None:
-            return
-        where, before = f"{path}:{before + 1}", lines.line_num
+    header = None
+    for number, line in enumerate(text.split("\n"), 1):
+        # By itself: a quote that is never closed would swallow the lines of other pictures.
+        with explain(f"{path}:{number}: not a whole line of a table"):
+            (cells,) = csv.reader([line], delimiter=delimiter, quoting=quoting, strict=True)
         cells = [cell.strip() for cell in cells]
         if not any(cells):
             continue
         if header is None:
             header = [cell.lower() for cell in cells]
             continue
-        # A quote that is never closed would swallow the lines of other pictures.
-        if len(cells) > len(header) or any("\n" in cell for cell in cells):
-            raise UserError(
-                f"{where}: more than {len(header)} columns, or a quote that is not closed"
-            )
-        yield make_row(where, dict(zip(header, cells)))
+        if len(cells) > len(header):
+            count = f"{len(cells)} columns, but {len(header)} in the first line"
+            raise UserError(f"{path}:{number}: {count}; a text with a {delimiter} needs quotes")
+        yield make_row(f"{path}:{number}", dict(zip(header, cells)))
 
 
 def read_tokens(path: Path, text: str) -> Iterator[Row]:
     """Rows of `name#number`, tab, caption: Flickr8k.token.txt."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            name, hash_sign, caption = re.sub(r"#\d+\t", "\n", line, count=1).partition("\n")
-            if not hash_sign:
+            found = re.fullmatch(r"([^\t]+)#\d+\t([^\t]*)", line)
+            if not found:
                 raise UserError(f"{path}:{number}: not `name#number`, tab, caption")
-            yield make_row(f"{path}:{number}", {"file_name": name, "caption": caption.strip()})
+            fields = {"file_name": found[1], "caption": found[2].strip()}
+            yield make_row(f"{path}:{number}", fields)
+
+
+def read_karpathy(path: Path, images: Sequence[dict]) -> Iterator[Row]:
+    """Rows of the `images` of Karpathy's JSON, each with its split and its sentences."""
+    for number, image in enumerate(images):
+        where = f"{path}: images[{number}]"
+        with explain(f"{where}: no sentences with raw texts"):
+            captions = [sentence["raw"] for sentence in image["sentences"]]
+            name = os.path.join(image.get("filepath") or "", image["filename"])
+        more = {"split": image.get("split"), "image_id": image.get("cocoid", image.get("imgid"))}
+        yield make_row(where, {"file_name": name, "caption": captions} | more)
+
+
+def read_coco(path: Path, images: Sequence[dict], annotations: Sequence[dict]) -> Iterator[Row]:
+    """Rows of COCO's captions: `annotations`, each of which names one of the `images` by its id."""
+    fields: dict[int | str, dict] = {}
+    for number, image in enumerate(images):
+        with explain(f"{path}: images[{number}]: needs an id of its own and a file_name"):
+            image_id, name = image["id"], image["file_name"]
+            if type(image_id) not in (int, str) or image_id in fields:
+                raise ValueError(f"id {image_id!r}")
+        fields[image_id] = {"file_name": name, "caption": [], "image_id": image_id}
+    for number, annotation in enumerate(annotations):
+        what = "needs the image_id of one of the images, and a caption"
+        with explain(f"{path}: annotations[{number}]: {what}"):
+            if type(annotation["image_id"]) not in (int, str):  # True would be 1
+                raise ValueError(f"image_id {annotation['image_id']!r}")
+            fields[annotation["image_id"]]["caption"].append(annotation["caption"])
+    for image_id, each in fields.items():
+        yield make_row(f"{path}: image {image_id!r}", each)
 
 
 def read_json(path: Path, text: str) -> Iterator[Row]:
@@ -1364,35 +1394,11 @@ def read_json(path: Path, text: str) -> Iterator[Row]:
     images = data.get("images") if isinstance(data, dict) else None
     if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
         raise unknown_form(path, "JSON without a list of images")
-    if "annotations" not in data:  # Karpathy's
-        for number, image in enumerate(images):
-            where = f"{path}: images[{number}]"
-            with explain(f"{where}: no sentences with raw texts"):
-                captions = [sentence["raw"] for sentence in image["sentences"]]
-                folder = image.get("filepath") or ""
-                name = os.path.join(folder, image["filename"])
-            image_id = image.get("cocoid", image.get("imgid"))
-            more = {"split": image.get("split"), "image_id": image_id}
-            yield make_row(where, {"file_name": name, "caption": captions} | more)
-        return
-
-    names: dict[int | str, str] = {}
-    for number, image in enumerate(images):
-        with explain(f"{path}: images[{number}]: needs an id of its own and a file_name"):
-            if type(image["id"]) not in (int, str) or image["id"] in names:
-                raise ValueError(f"id {image['id']!r}")
-            names[image["id"]] = image["file_name"]
-    captions: dict[int | str, list] = {image_id: [] for image_id in names}
-    for number, annotation in enumerate(data["annotations"] or []):
-        with explain(
-            f"{path}: annotations[{number}]: needs an image_id of the images and a caption"
-        ):
-            if type(annotation["image_id"]) not in (int, str):
-                raise ValueError(f"image_id {annotation['image_id']!r}")
-            captions[annotation["image_id"]].append(annotation["caption"])
-    for image_id, name in names.items():
-        fields = {"file_name": name, "caption": captions[image_id], "image_id": image_id}
-        yield make_row(f"{path}: image {image_id}", fields)
+    if "annotations" not in data:
+        return read_karpathy(path, images)
+    if not isinstance(data["annotations"], list):
+        raise UserError(f"{path}: annotations must be a list")
+    return read_coco(path, images, data["annotations"])
 
 
 def read_sidecars(folder: Path) -> Iterator[Row]:
@@ -1401,9 +1407,8 @@ def read_sidecars(folder: Path) -> Iterator[Row]:
         sidecar = image.with_suffix(".txt")
         lines = read_text(sidecar).split("\n") if sidecar.is_file() else []
         captions = [line.strip() for line in lines if line.strip()]
-        yield make_row(
-            str(image), {"file_name": os.path.relpath(image, folder), "caption": captions}
-        )
+        fields = {"file_name": os.path.relpath(image, folder), "caption": captions}
+        yield make_row(str(image), fields)
 
 
 def unknown_form(path: Path, found: str) -> UserError:
@@ -1416,13 +1421,14 @@ def unknown_form(path: Path, found: str) -> UserError:
 def read_data(path: Path) -> Iterator[Row]:
     """Rows of data in any of the forms that distcap knows, recognized by their content."""
     if path.is_dir():
-        tables = [path / name for name in ("metadata.jsonl", "metadata.csv")]
-        for table in filter(Path.is_file, tables):
-            return read_data(table)
-        if not any(image.with_suffix(".txt").is_file() for image in find_images([str(path)])):
-            raise unknown_form(path, "a folder of pictures without captions")
+        for name in ("metadata.jsonl", "metadata.csv"):
+            if (path / name).is_file():
+                return read_data(path / name)
+        pictures = [each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES]
+        if not any(each.with_suffix(".txt").is_file() for each in pictures):
+            raise unknown_form(path, f"a folder with {len(pictures)} pictures and no captions")
         return read_sidecars(path)
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
 
     text = read_text(path)
@@ -1434,7 +1440,7 @@ def read_data(path: Path) -> Iterator[Row]:
     if re.match(r"[^\t]+#\d+\t", first):
         return read_tokens(path, text)
     for delimiter in ("|", ","):
-        header = {cell.strip().lower() for cell in first.split(delimiter)}
+        header = {cell.strip(' "').lower() for cell in first.split(delimiter)}
         if header & set(NAME_KEYS) and header & set(CAPTION_KEYS):
             return read_csv(path, text, delimiter)
     raise unknown_form(path, f"begins with {first[:40]!r}" if first else "empty")
@@ -1445,6 +1451,33 @@ class Skipped(NamedTuple):
 
     name: str
     reason: str
+
+
+def join_rows(rows: Iterable[Row], folder: Path) -> list[Example]:
+    """One example for each picture, however many rows and names it has, with all they say of it,
+    be it there or not. Its names are relative to `folder`."""
+    named: dict[str, Row] = {}
+    for row in rows:
+        known = named.setdefault(row.name, Row(row.name, [], row.more))
+        known.captions.extend(row.captions or [""])
+
+    basenames = Counter(map(os.path.basename, named))
+    examples: dict[str, Example] = {}  # by the place on disk
+    for name, captions, more in named.values():
+        image, flat = folder / name, folder / os.path.basename(name)
+        # Karpathy's names begin with a folder, which the disk may not have.
+        if not os.path.isfile(image) and os.path.isfile(flat) and basenames[flat.name] == 1:
+            image = flat
+        image_id = more.get("image_id")
+        image_id = name if image_id in (None, "") else str(image_id)
+        scene = parse(more["scene"]) if isinstance(more.get("scene"), str) else None
+        example = Example(image_id, image, tuple(captions), more.get("split") or None, scene)
+        place = os.path.realpath(image)
+        if place in examples:
+            both = examples[place].references + example.references
+            example = dataclasses.replace(examples[place], references=both)
+        examples[place] = example
+    return list(examples.values())
 
 
 def read_examples(
@@ -1462,51 +1495,47 @@ def read_examples(
     path = Path(data)
     folder = Path(images or (path if path.is_dir() else path.parent))
     skipped = [] if skipped is None else skipped
-    references: dict[str, list[str]] = {}
-    more: dict[str, dict] = {}  # what the first row of each name says
-    for row in read_data(path):
-        texts = [text for text in row.captions if text.strip()]
-        if not texts or len(texts) < len(row.captions):
-            skipped.append(Skipped(row.name, "an empty caption"))
-        references.setdefault(row.name, []).extend(texts)
-        more.setdefault(row.name, row.more)
-
-    examples: dict[str, Example] = {}
-    for name, texts in references.items():
-        image = folder / name
-        if not os.path.isfile(image) and os.path.isfile(folder / os.path.basename(name)):
-            image = folder / os.path.basename(name)  # Karpathy's names may have folders
-        if need_pictures and not os.path.isfile(image):
-            skipped.append(Skipped(name, "no such picture"))
-        elif texts:
-            scene = parse(str(more[name].get("scene")))
-            image_id, part = more[name].get("image_id") or name, more[name].get("split")
-            example = Example(str(image_id), image, tuple(texts), part and str(part), scene)
-            known = examples.setdefault(os.path.realpath(image), example)
-            if known is not example:
-                both = known.references + example.references
-                examples[os.path.realpath(image)] = dataclasses.replace(known, references=both)
-    if not references:
+    chosen = join_rows(read_data(path), folder)
+    if not chosen:
         raise unknown_form(path, "no pictures with captions in it")
+    if split:
+        chosen = choose_split(data, chosen, split, skipped)
+
+    examples = []
+    for example in chosen:
+        texts = tuple(text for text in example.references if text.strip())
+        if len(texts) < len(example.references):
+            skipped.append(Skipped(str(example.image), "an empty caption"))
+        if need_pictures and not os.path.isfile(example.image):
+            skipped.append(Skipped(str(example.image), "no such picture"))
+        elif texts:
+            examples.append(dataclasses.replace(example, references=texts))
     if not examples:
-        missing = f"none of its {len(references)} pictures is in {folder} with a caption"
+        missing = f"none of its {len(chosen)} pictures is in {folder} with a caption"
         raise UserError(f"{data}: {missing}; give the folder of the pictures with --images")
-    found = list(examples.values())
-    return choose_split(data, found, split, skipped) if split else found
+    return examples
 
 
 def choose_split(
     data: str, examples: Sequence[Example], split: str, skipped: list
 ) -> list[Example]:
-    """The examples of a split that the data names (train: restval too), or that a file lists."""
+    """The examples of a split that the data names (train: restval too), or that a file lists: an
+    image_id or file name a line, with or without its suffix."""
     if os.path.isfile(split):
-        listed = dict.fromkeys(line.strip() for line in read_text(Path(split)).split("\n"))
-        names = [{each.image_id, each.image.name, each.image.stem} for each in examples]
-        chosen = [each for each, own in zip(examples, names) if own & listed.keys()]
-        absent = listed.keys() - set().union(*names) - {""}
-        skipped += [
-            Skipped(name, f"in {split}, but not in the data") for name in listed if name in absent
-        ]
+        owners: dict[str, list[Example]] = {}
+        for each in examples:
+            for name in {each.image_id, each.image.name, each.image.stem}:
+                owners.setdefault(name, []).append(each)
+        listed = set()
+        for number, line in enumerate(read_text(Path(split)).split("\n"), 1):
+            name = line.strip()
+            found = owners.get(name) or owners.get(os.path.basename(name)) or []
+            if len(found) > 1:
+                raise UserError(f"{split}:{number}: {name!r} is the name of {len(found)} pictures")
+            if name and not found:
+                skipped.append(Skipped(name, f"in {split}, but not in the data"))
+            listed.update(found)
+        chosen = [each for each in examples if each in listed]
     else:
         wanted = ("train", "restval") if split == "train" else (split,)
         chosen = [each for each in examples if each.split in wanted]
