@@ -1354,8 +1354,7 @@ def read_tokens(path: Path, text: str) -> Iterator[Row]:
             found = re.fullmatch(r"([^\t]+)#\d+\t([^\t]*)", line)
             if not found:
                 raise UserError(f"{path}:{number}: not `name#number`, tab, caption")
-            fields = {"file_name": found[1], "caption": found[2].strip()}
-            yield make_row(f"{path}:{number}", fields)
+            yield make_row(f"{path}:{number}", {"file_name": found[1], "caption": found[2]})
 
 
 def read_karpathy(path: Path, images: Sequence[dict]) -> Iterator[Row]:
@@ -1413,7 +1412,7 @@ def read_sidecars(folder: Path) -> Iterator[Row]:
 
 def unknown_form(path: Path, found: str) -> UserError:
     """What to raise for data in a form that distcap does not know."""
-    known = "metadata.jsonl or .csv, COCO or Karpathy JSON, a table with image and caption, "
+    known = "metadata.jsonl or .csv, JSON of COCO or Karpathy, a table with image and caption, "
     known += "name#number tab caption, or pictures with .txt files"
     return UserError(f"{path}: {found}; looked for {known}")
 
@@ -1426,7 +1425,8 @@ def read_data(path: Path) -> Iterator[Row]:
                 return read_data(path / name)
         pictures = [each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES]
         if not any(each.with_suffix(".txt").is_file() for each in pictures):
-            raise unknown_form(path, f"a folder with {len(pictures)} pictures and no captions")
+            found = f"a folder with {len(pictures)} pictures and no captions"
+            raise unknown_form(path, f"{found} (if a file has them, give that file)")
         return read_sidecars(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
@@ -1503,7 +1503,7 @@ def read_examples(
 
     examples = []
     for example in chosen:
-        texts = tuple(text for text in example.references if text.strip())
+        texts = tuple(text.strip() for text in example.references if text.strip())
         if len(texts) < len(example.references):
             skipped.append(Skipped(str(example.image), "an empty caption"))
         if need_pictures and not os.path.isfile(example.image):

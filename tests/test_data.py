@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import re
-from pathlib import Path
 
 import numpy
 import pytest
@@ -209,26 +207,6 @@ def test_write_text_replaces_the_file_or_leaves_it(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         distcap.write_text(target, "\udcff")
     assert target.read_text() == "old"
-
-
-def test_the_readmes_lines_turn_karpathys_splits_into_data_sets(tmp_path, monkeypatch):
-    readme = (Path(distcap.__file__).parent / "README.md").read_text()
-    code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
-    splits, images = ("train", "restval", "val", "test", "restval"), []
-    for number, split in enumerate(splits):
-        (tmp_path / "val2014").mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "val2014" / f"{number}.jpg")
-        sentences = [{"raw": f"caption {k} of {number}", "tokens": []} for k in range(2)]
-        row = {"filename": f"{number}.jpg", "split": split, "sentences": sentences}
-        images.append({"filepath": "val2014", **row})
-    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    found = {split: distcap.read_examples(split) for split in ("train", "val", "test")}
-    numbers = {split: [example.image.stem for example in found[split]] for split in found}
-    assert numbers == {"train": ["0", "1", "4"], "val": ["2"], "test": ["3"]}
-    assert found["test"][0].references == ("caption 0 of 3", "caption 1 of 3")
-    assert distcap.load_image(found["train"][1].image).size == (8, 8)
 
 
 @pytest.fixture(scope="module")

@@ -305,11 +305,28 @@ def test_folders_in_names_are_passed_over_only_where_that_is_clear(tmp_path):
     ]
 
 
+def test_the_readmes_table_of_forms_is_true(tmp_path):
+    readme = (Path(distcap.__file__).parent / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("| form |") :].split("\n\n")[0]
+    names = []
+    for number, row in enumerate(table.split("\n")[2:]):
+        form, _, content = row.strip("| ").split(" | ")
+        names.append(re.search("`(.+?)`", form)[1])
+        text = lines(re.findall("`(.+?)`", content)).replace(r"\|", "|").replace("⇥", "\t")
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "a.jpg").touch()
+        (folder / names[-1]).write_text(text)
+        data = folder if form.startswith("folder") else folder / names[-1]
+        assert read(data) == ({"a.jpg": ["a dog"]}, [])
+    assert len(set(names)) == len(FILES) + 1
+
+
 def test_an_id_of_zero_is_an_id(tmp_path):
-    row = {"file_name": "a.png", "image_id": 0, "caption": "x"}
+    row = {"file_name": "a.png", "image_id": 0, "caption": "x", "scene": [3]}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     (example,) = distcap.read_examples(str(tmp_path), need_pictures=False)
-    assert example.image_id == "0"
+    assert example.image_id == "0" and example.scene is None  # a scene of somebody else's
 
 
 FIRST, SECOND = list(WORLD)[:2]
@@ -324,6 +341,7 @@ CHANGED = [
     ("metadata.jsonl", f'"{SECOND}"', '"\\ud800"', ":2", "not text"),
     ("metadata.jsonl", '"restval"', "[1]", ":2", "split must be"),
     ("metadata.jsonl", '"split"', '"image_id": 0.5, "split"', ":1", "image_id must be"),
+    ("metadata.jsonl", '"caption": [', '"caption": {"en": "up"}, "x": [', ":1", "caption must be"),
     ("metadata.csv", '"A child', "A child", ":2", "5 columns, but 3"),
     ("metadata.csv", 'climbs ."', "climbs .", ":2", "not a whole line"),
     ("metadata.csv", "file_name", "fil", "", "begins with 'fil.*looked for metadata"),
@@ -393,22 +411,51 @@ def refuse(path, content, place, complaint, data):
     assert re.search(complaint, message)
 
 
-def test_a_sidecar_that_is_not_utf_8_is_named(tmp_path):
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_line_that_is_named_is_the_one_an_editor_shows(end, tmp_path):
     make(tmp_path, "sidecars")
     sidecar = (tmp_path / FIRST).with_suffix(".txt")
-    sidecar.write_bytes(b"one\r\ntwo\r\ncaf\xe9\r\n")
+    sidecar.write_bytes(f"one{end}two{end}".encode() + b"\xe9" + end.encode())
     with pytest.raises(distcap.UserError, match=re.escape(f"{sidecar}:3: not UTF-8")):
         read(tmp_path)
+    data = tmp_path / "captions.txt"
+    data.write_bytes(end.join(["image,caption", "", "a.jpg,x", "a.jpg,x,y"]).encode())
+    with pytest.raises(distcap.UserError, match=re.escape(f"{data}:4: 3 columns")):
+        read(data)
+
+
+def test_quotes_are_words_of_a_caption_between_bars(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    text = 'image_name|comment\na.jpg|"Hello" it says\na.jpg|"Open\n'
+    (tmp_path / "results.csv").write_text(text)
+    assert read(tmp_path / "results.csv")[0] == {"a.jpg": ['"Hello" it says', '"Open']}
+
+
+@every_form
+def test_blanks_around_captions_are_no_part_of_them(form, tmp_path):
+    """Some of COCO's end in a line break."""
+    blanks = " \n" if form.endswith("json") else " "
+    world = {
+        name: (split, [text + blanks for text in each]) for name, (split, each) in WORLD.items()
+    }
+    found = read(make(tmp_path, form, world))[0]
+    assert {name: sorted(each) for name, each in found.items()} == {
+        name: sorted(each) for name, each in truth().items()
+    }
 
 
 def test_a_folder_of_nothing_known_says_what_was_found_and_looked_for(tmp_path):
     for name in WORLD:
         (tmp_path / name).touch()
     (tmp_path / "captions.txt").write_text("image,caption\n")
-    with pytest.raises(distcap.UserError, match="a folder with 4 pictures and no captions; looked"):
+    with pytest.raises(
+        distcap.UserError, match=r"a folder with 4 pictures and no captions.*looked"
+    ):
         read(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(distcap.UserError, match="a folder with 0 pictures and no captions; looked"):
+    with pytest.raises(
+        distcap.UserError, match=r"a folder with 0 pictures and no captions.*looked"
+    ):
         read(tmp_path / "empty")
 
 
