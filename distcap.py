@@ -1333,7 +1333,8 @@ def read_csv(path: Path, text: str, delimiter: str) -> Iterator[Row]:
     header = None
     for number, line in enumerate(text.split("\n"), 1):
         # By itself: a quote that is never closed would swallow the lines of other pictures.
-        with explain(f"{path}:{number}: not a whole line of a table"):
+        what = f"{path}:{number}: not a whole line of a table"
+        with explain(what, "; a quoted text must end in its line"):
             (cells,) = csv.reader([line], delimiter=delimiter, quoting=quoting, strict=True)
         cells = [cell.strip() for cell in cells]
         if not any(cells):
