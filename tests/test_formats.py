@@ -494,7 +494,7 @@ VALUES += [
     [None],
     {},
     {"en": "a dog"},
-    {"caption": "a dog"},
+    {"raw": "a dog"},
     "p" * 5000,
 ]
 
@@ -603,7 +603,7 @@ def read_damaged(data, hit, **options):
     for name, texts in [(each.image.name, each.references) for each in examples]:
         found[name] = found.get(name, ()) + texts  # a name may have been given a folder
         for text in texts:
-            assert isinstance(text, str) and text not in ("en", "caption", "raw", "file_name")
+            assert isinstance(text, str) and text not in ("en", "raw")
             assert all(each[0] == name or each in hit for each in marks(text)), (name, text)
     told = {Path(name).name for name, _ in skipped}
     for name, k in RECORDS - hit:  # what was not hit is read as it was, or told
