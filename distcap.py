@@ -1454,25 +1454,43 @@ class Skipped(NamedTuple):
     reason: str
 
 
-def join_rows(rows: Iterable[Row], folder: Path) -> list[Example]:
+def find_pictures(names: Iterable[str], folders: Sequence[Path]) -> dict[str, Path]:
+    """Where the pictures of these names are: in one of the folders, by the whole name; else, by the
+    last part of it, if that means one picture, in them or in the folders within (COCO has one for
+    each split). What is nowhere is said to be in the first. Raises UserError for two candidates."""
+    basenames = Counter(map(os.path.basename, names))
+    within = [*folders, *(each for folder in folders for each in folder.glob("*/"))]
+    found = {}
+    for name in names:
+        places = [folder / name for folder in folders if os.path.isfile(folder / name)][:1]
+        base = os.path.basename(name)
+        if not places and basenames[base] == 1:
+            places = [folder / base for folder in within if os.path.isfile(folder / base)]
+            if len({os.path.realpath(place) for place in places}) > 1:
+                both = f"{places[0]} or {places[1]}"
+                raise UserError(f"{name}: which picture is meant, {both}? give --images")
+        found[name] = places[0] if places else folders[0] / name
+    return found
+
+
+def join_rows(rows: Iterable[Row], folders: Sequence[Path]) -> list[Example]:
     """One example for each picture, however many rows and names it has, with all they say of it,
-    be it there or not. Its names are relative to `folder`."""
+    be it there or not. The names are relative to one of the folders."""
     named: dict[str, Row] = {}
     for row in rows:
         known = named.setdefault(row.name, Row(row.name, [], row.more))
         known.captions.extend(row.captions or [""])
 
-    basenames = Counter(map(os.path.basename, named))
+    images = find_pictures(named, folders)
     examples: dict[str, Example] = {}  # by the place on disk
     for name, captions, more in named.values():
-        image, flat = folder / name, folder / os.path.basename(name)
-        # Karpathy's names begin with a folder, which the disk may not have.
-        if not os.path.isfile(image) and os.path.isfile(flat) and basenames[flat.name] == 1:
-            image = flat
+        image = images[name]
         image_id = more.get("image_id")
         image_id = name if image_id in (None, "") else str(image_id)
         scene = parse(more["scene"]) if isinstance(more.get("scene"), str) else None
-        example = Example(image_id, image, tuple(captions), more.get("split") or None, scene)
+        part = more.get("split") or None
+        part = "val" if part in ("validation", "dev") else part
+        example = Example(image_id, image, tuple(captions), part, scene)
         place = os.path.realpath(image)
         if place in examples:
             both = examples[place].references + example.references
@@ -1494,9 +1512,10 @@ def read_examples(
     What is missing or empty is left out, and added to the list `skipped`. A picture under two names
     is one picture. Raises UserError for what is wrong, with file and line."""
     path = Path(data)
-    folder = Path(images or (path if path.is_dir() else path.parent))
+    beside = path if path.is_dir() else path.parent
+    folder = Path(images) if images else beside
     skipped = [] if skipped is None else skipped
-    chosen = join_rows(read_data(path), folder)
+    chosen = join_rows(read_data(path), [folder, *{beside} - {folder}])
     if not chosen:
         raise unknown_form(path, "no pictures with captions in it")
     if split:
@@ -1538,7 +1557,8 @@ def choose_split(
             listed.update(found)
         chosen = [each for each in examples if each in listed]
     else:
-        wanted = ("train", "restval") if split == "train" else (split,)
+        names = {"train": ("train", "restval"), "validation": ("val",), "dev": ("val",)}
+        wanted = names.get(split, (split,))
         chosen = [each for each in examples if each.split in wanted]
     if not chosen:
         known = ", ".join(sorted({each.split for each in examples if each.split})) or "no splits"
@@ -2462,7 +2482,8 @@ def split(config: TrainConfig, skipped: list[Skipped]) -> tuple[list, list, list
     held_out = {}
     for name, data in (("test", config.test), ("val", config.validation)):
         if data:
-            held_out[name] = read_examples(data, config.images, skipped=skipped)
+            others = read_examples(data, config.images, skipped=skipped)
+            held_out[name] = [each for each in others if each.split == name] or others
         elif name in names:
             held_out[name] = [each for each in examples if each.split == name]
         else:
@@ -2475,7 +2496,7 @@ def split(config: TrainConfig, skipped: list[Skipped]) -> tuple[list, list, list
     kept = [each for each in training if os.path.realpath(each.image) not in used]
     if len(kept) < len(training):
         shared = [each for each in training if os.path.realpath(each.image) in used]
-        skipped += [Skipped(each.image_id, "also held out") for each in shared]
+        skipped += [Skipped(str(each.image), "also held out") for each in shared]
     if config.normalize:
         kept = [normalized for each in kept if (normalized := normalize_references(each, skipped))]
     return kept[: config.train_size], held_out["val"], held_out["test"]
@@ -2503,7 +2524,7 @@ def normalize_references(example: Example, skipped: list[Skipped]) -> Example | 
     """An example to learn from, its references as BLIP's were; None if they were punctuation."""
     references = [normalize_caption(text) for text in example.references]
     if not all(references):
-        skipped.append(Skipped(example.image_id, "a caption without words"))
+        skipped.append(Skipped(str(example.image), "a caption without words"))
     words = tuple(filter(None, references))
     return dataclasses.replace(example, references=words) if words else None
 
@@ -2564,7 +2585,7 @@ def look(examples: list[Example], clip: CLIP, config: TrainConfig, skipped: list
         width = clip.embed_captions(["a"]).shape[1]
         embeddings = torch.zeros(1, width, device=clip.device).expand(len(images), -1)
     bad = dict(failures)
-    skipped += [Skipped(examples[n].image_id, str(error)) for n, error in failures]
+    skipped += [Skipped(str(images[n]), str(error)) for n, error in failures]
     good = [example for n, example in enumerate(examples) if n not in bad]
     return good, embeddings[: len(good)]
 
@@ -2599,7 +2620,10 @@ def embed_cached(clip: CLIP, images: list, workers: int, failures: list) -> Tens
 def file_digest(path: Path) -> bytes:
     """A hash of a file's bytes; of nothing if it cannot be read."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+        digest = hashlib.sha256()
+        while part := file.read(2**20):
+            digest.update(part)
+        return digest.digest()
     return bytes(32)
 
 

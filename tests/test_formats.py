@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import distcap
 
@@ -174,14 +175,27 @@ def test_line_ends_of_windows_and_a_byte_order_mark_change_nothing(form, end, tm
 def test_pictures_may_be_elsewhere_or_not_be_needed(form, tmp_path):
     data = make(tmp_path, form)
     expected = read(data)[0]
-    (tmp_path / "pictures").mkdir()
+    folder = tmp_path / "far" / "pictures"
+    folder.mkdir(parents=True)
     for name in WORLD:
-        (tmp_path / name).rename(tmp_path / "pictures" / name)
+        (tmp_path / name).rename(folder / name)
     if form != "sidecars":  # whose pictures are the data
-        assert read(data, str(tmp_path / "pictures"))[0] == expected
+        assert read(data, str(folder))[0] == expected
+        assert read(data, str(folder.parent))[0] == expected  # COCO's images are one folder down
         assert read(data, need_pictures=False)[0] == expected
         with pytest.raises(distcap.UserError, match=r"none of its 4 pictures.*--images"):
             read(data)
+
+
+def test_a_name_that_may_be_two_pictures_is_refused(tmp_path):
+    data = tmp_path / "metadata.jsonl"
+    data.write_text('{"file_name": "x.png", "caption": "a dog"}')
+    for folder in ("cats", "dogs"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / folder / "x.png")
+    with pytest.raises(distcap.UserError, match=r"x.png: which picture is meant.*--images"):
+        distcap.read_examples(str(data))
+    assert len(distcap.read_examples(str(data), str(tmp_path / "dogs"))) == 1
 
 
 @pytest.mark.parametrize("form", ["metadata.jsonl", "metadata.csv", "dataset_coco.json"])
@@ -190,9 +204,10 @@ def test_splits_that_the_data_names(form, tmp_path):
     assert read(data, split="train")[0] == truth(WORLD, "train", "restval")
     for split in ("restval", "val", "test"):
         assert read(data, split=split)[0] == truth(WORLD, split)
+    assert read(data, split="validation")[0] == read(data, split="dev")[0] == truth(WORLD, "val")
     with pytest.raises(distcap.UserError) as caught:
-        read(data, split="dev")
-    assert str(caught.value).startswith("dev: no picture is of this split")
+        read(data, split="trial")
+    assert str(caught.value).startswith("trial: no picture is of this split")
     assert "restval, test, train, val" in str(caught.value)
 
 
