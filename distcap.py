@@ -789,7 +789,7 @@ def in_precision(method: Callable) -> Callable:
 
 
 class Captioner(nn.Module):
-    """A captioner p(c|i) with its preprocessing: BLIP. EncoderDecoder and GIT say what differs.
+    """A captioner p(c|i) with its preprocessing: BLIP. Its subclasses say what differs elsewhere.
 
     `tokens` are (C, P + T): the P of `start` (the start token and the prompt, which are saved with
     the model, never scored and never shown), then the words, an end token, and padding."""
@@ -884,20 +884,27 @@ class Captioner(nn.Module):
         Raises UserError in one line for what cannot be loaded."""
         weights = ("model*.safetensors", "pytorch_model*.bin")
         folder = local_folder(name, "captioner", "config.json", weights)
-        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+        from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+        from transformers.models.auto import modeling_auto
 
         with explain(f"{name}: cannot load this captioner"):
             family = json.loads((folder / "config.json").read_text())["model_type"]
-            if family not in FAMILIES:
-                known = ", ".join(FAMILIES)
+            kind = FAMILIES.get(family, ImageText)
+            fits = family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+            if fits and kind is ImageText:
+                text = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+                fits = not text.is_encoder_decoder
+            if not fits:
+                known = f"{', '.join(FAMILIES)}, or image-text-to-text with a decoder alone"
                 raise ValueError(f"a model of type {family}; captioners are of type {known}")
             options = dict(dtype=torch.float32, output_loading_info=True)
-            model, report = AutoModelForImageTextToText.from_pretrained(folder, **options)
+            auto = modeling_auto.AutoModelForImageTextToText
+            model, report = auto.from_pretrained(folder, **options)
             if missing := report["missing_keys"]:
                 raise ValueError(f"it lacks the weights {min(missing)}; is it complete?")
-            image_processor = AutoImageProcessor.from_pretrained(folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        return FAMILIES[family](model, image_processor, tokenizer, prompt).eval().to(device)
+            processor = AutoProcessor if kind is ImageText else AutoImageProcessor
+            parts = [each.from_pretrained(folder) for each in (processor, AutoTokenizer)]
+            return kind(model, *parts, prompt).eval().to(device)
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder, which transformers loads without distcap."""
@@ -924,7 +931,8 @@ class Captioner(nn.Module):
         """Tokens (C, P + T) as texts, without the prompt, each a single line."""
         options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=True)
         texts = self.tokenizer.batch_decode(tokens[:, len(self.start) :], **options)
-        return [" ".join(text.split()) for text in texts]
+        lines = [" ".join(text.strip().partition("\n")[0].split()) for text in texts]
+        return [re.sub(r"""^(?:"([^"]*)"|'([^']*)'|“([^”]*)”)$""", r"\1\2\3", line) for line in lines]
 
     def sample(self, features: Tensor, max_length: int, count: int = 1, temperature: float = 1.0,
                top_p: float = 1.0, **limits) -> Tensor:  # fmt: skip
@@ -1052,6 +1060,127 @@ class GIT(Captioner):
         return pixels.to(self.model.device)
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What a processor makes of B pictures, each with a prompt in whose tokens it has its place."""
+
+    tensors: dict[str, Tensor]
+    counts: dict[str, list[int]]  # of each tensor's rows, how many are each picture's: some models
+    # have patches or tiles for rows
+
+    def __len__(self) -> int:
+        return len(self.tensors["input_ids"])
+
+    def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Prompts:
+        device = self.tensors["input_ids"].device
+        rows = torch.arange(len(self), device=device)[index].tolist()
+        tensors, counts = {}, {}
+        for name, tensor in self.tensors.items():
+            parts = tensor.split(self.counts[name])
+            tensors[name] = torch.cat([parts[row] for row in rows])
+            counts[name] = [self.counts[name][row] for row in rows]
+        return Prompts(tensors, counts)
+
+
+class ImageText(Captioner):
+    """Any other image-text-to-text model with a decoder alone: Qwen-VL, SmolVLM, Gemma 3, LLaVA...
+
+    It is asked for a caption, by the checkpoint's chat template if it has one. The prompt, in which
+    the picture's tokens are, is a part of the features: P is 0. Each pass encodes images anew."""
+
+    def __init__(self, model: nn.Module, processor, _, prompt: str | None = None):
+        tokenizer = processor.tokenizer
+        super().__init__(model, processor.image_processor, tokenizer, prompt)
+        self.image_processor, self.start = processor, []
+        asked, self.before, self.lead = self.conversation()
+        self.writer.generation_config.eos_token_id = self.end
+        self.pixels = functools.partial(prepare_prompts, processor, asked)
+        self.longest -= self.pixels([Image.new("RGB", (64, 64))]).tensors["input_ids"].shape[1]
+
+        # A placeholder of a picture's tokens is no word: its probability is zero.
+        names = [f"{kind}_token_id" for kind in ("image", "video", "audio")]
+        ids = [getattr(model.config, name, None) for name in names]
+        layer = model.get_output_embeddings()
+        ids = torch.tensor([token for token in ids if token and token < layer.out_features])
+
+        def forbid(layer: nn.Module, inputs: tuple, logits: Tensor) -> Tensor:
+            return logits.index_fill(-1, ids.to(logits.device), -torch.inf)
+
+        layer.register_forward_hook(forbid)
+
+    @property
+    def default_prompt(self) -> str:
+        """What is asked unless the user says otherwise."""
+        usual = {"paligemma": "caption en", "blip-2": ""}  # what they learned to continue
+        return usual.get(self.model.config.model_type, "Describe this picture in one sentence.")
+
+    def special_tokens(self) -> tuple[int, int, int]:
+        """No start; the ids of end and padding."""
+        ends = self.model.generation_config.eos_token_id
+        end = ends[0] if isinstance(ends, list) else ends
+        pad = self.tokenizer.pad_token_id
+        return None, end, end if pad is None else pad
+
+    def conversation(self) -> tuple[str, str, str]:
+        """The prompt with a place for the picture; the text right before the answer, and what
+        separates both. What follows an answer in the chat template becomes the end token."""
+        processor, family = self.image_processor, self.model.config.model_type
+        if family == "blip-2":
+            return self.prompt, self.prompt, " " if self.prompt else ""
+        if not processor.chat_template:
+            asked = f"{processor.image_token}{self.prompt}"
+            return asked, asked, "\n" if family == "paligemma" else " "
+        content = [{"type": "image"}, {"type": "text", "text": self.prompt}]
+        chat = [{"role": "user", "content": content}]
+        asked = processor.apply_chat_template(chat, add_generation_prompt=True)
+        chat += [{"role": "assistant", "content": [{"type": "text", "text": "CAPTION"}]}]
+        before, _, after = processor.apply_chat_template(chat).rpartition("CAPTION")
+        closing = self.tokenizer(after.strip(), add_special_tokens=False).input_ids
+        special = self.tokenizer.added_tokens_decoder
+        self.end = next((token for token in closing if token in special), self.end)
+        return asked, asked, before[len(asked) :] if before.startswith(asked) else ""
+
+    @property
+    def writer(self) -> nn.Module:
+        """The whole model."""
+        return self.model
+
+    def inputs(self, features: Prompts, tokens: Tensor, image_index: Tensor, share=True) -> dict:
+        """The writer's arguments: of each caption its picture's prompt, then the tokens so far."""
+        given = features[image_index].tensors
+        shape, tokens = given["input_ids"].shape, tokens.long()
+        # PaliGemma's type 0 sees what follows; to the others it is text.
+        kinds = dict(attention_mask=1, token_type_ids=self.model.config.model_type == "paligemma")
+        for name, tensor in given.items():
+            more = torch.full_like(tokens, kinds.get(name, 0))
+            if tensor.shape == shape:  # one for each token
+                more = tokens if name == "input_ids" else more
+                given[name] = torch.cat([tensor, more], dim=1)
+        if "logits_to_keep" in inspect.signature(self.writer.forward).parameters:
+            given["logits_to_keep"] = tokens.shape[1] + 1  # those of a long prompt would be large
+        return given
+
+    def encode(self, pixels: Prompts) -> Prompts:
+        """The prompts themselves: there is nothing that every model can reuse."""
+        device = self.model.device
+        moved = {name: tensor.to(device) for name, tensor in pixels.tensors.items()}
+        return Prompts(moved, pixels.counts)
+
+    def tokenize(self, captions: Sequence[str], max_length: int) -> Tensor:
+        """Captions as tokens (B, T), as they stand after the prompt."""
+        texts = [self.before, *(self.before + self.lead + caption for caption in captions)]
+        prompt, *words = self.tokenizer(texts, add_special_tokens=False).input_ids
+        rows = [[*row[len(prompt) :], self.end][:max_length] for row in words]
+        rows = [torch.tensor(row, device=self.model.device) for row in rows]
+        return nn.utils.rnn.pad_sequence(rows, True, self.pad)
+
+    def generate(self, features: Prompts, max_length: int, count: int = 1, **options) -> Tensor:
+        """The same as for every captioner, less the prompts."""
+        options["generation_config"] = self.writer.generation_config  # a BLIP-2 has two
+        written = super().generate(features, max_length, count, **options)
+        return written[:, features.tensors["input_ids"].shape[1] :]
+
+
 # transformers' name of a model type -> the class that knows it
 FAMILIES = {"blip": Captioner, "vision-encoder-decoder": EncoderDecoder, "git": GIT}
 
@@ -1060,6 +1189,28 @@ def prepare_pixels(image_processor, pictures: Sequence[Image.Image]) -> Tensor:
     """RGB pictures, resized and normalized as a checkpoint wants them: (B, 3, height, width).
     No method of Captioner, so that a worker process can be given it without the model."""
     return image_processor(list(pictures), return_tensors="pt").pixel_values
+
+
+def prepare_prompts(processor, asked: str, pictures: Sequence[Image.Image]) -> Prompts:
+    """RGB pictures and what is asked of each, as a checkpoint's processor makes them, one by one:
+    tokens padded on the left, all else at its end, as transformers' processors do with batches."""
+    bos = processor.tokenizer.bos_token
+    options = dict(add_special_tokens=False) if bos and asked.startswith(bos) else {}
+    options |= dict(text=asked, return_tensors="pt")
+    made = [processor(images=picture, **options) for picture in pictures]
+    tensors, counts = {}, {}
+    for name in [name for name in made[0] if name != "labels"]:
+        parts = [each[name] for each in made]
+        of_tokens = parts[0].shape == made[0]["input_ids"].shape
+        largest = torch.tensor([part.shape[1:] for part in parts]).amax(dim=0)
+        value = processor.tokenizer.pad_token_id or 0 if name == "input_ids" else 0
+        for number, part in enumerate(parts):
+            sides = []  # F.pad takes those of the last dimension first
+            for gap in (largest - torch.tensor(part.shape[1:])).flip(0).tolist():
+                sides += (gap, 0) if of_tokens else (0, gap)
+            parts[number] = F.pad(part, sides, value=value)
+        tensors[name], counts[name] = torch.cat(parts), [len(part) for part in parts]
+    return Prompts(tensors, counts)
 
 
 def local_folder(name: str, inside: str, wanted: str, kinds: Sequence[str]) -> Path:
@@ -1093,7 +1244,7 @@ def download(name: str, kinds: Sequence[str]) -> Path:
     options = dict(tqdm_class=bar, local_files_only=bool(unreachable))
     options["ignore_patterns"] = ["*/*"]  # a pattern's * matches slashes too
     for kind in kinds:
-        patterns = ["*.json", "*.txt", "*.model", kind]
+        patterns = ["*.json", "*.txt", "*.model", "*.jinja", kind]
         try:
             folder = Path(snapshot_download(name, allow_patterns=patterns, **options))
         except LocalEntryNotFoundError:
