@@ -1060,125 +1060,85 @@ class GIT(Captioner):
         return pixels.to(self.model.device)
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """What a processor makes of B pictures, each with a prompt in whose tokens it has its place."""
+class ImageText(GIT):
+    """Any other image-text-to-text model with a decoder alone: Qwen-VL, SmolVLM, LLaVA, Gemma 3...
 
-    tensors: dict[str, Tensor]
-    counts: dict[str, list[int]]  # of each tensor's rows, how many are each picture's: some models
-    # have patches or tiles for rows
+    Its features are what its processor makes of each picture and of what is asked: tokens and
+    pixels, as many as it likes. `tokens` are then (C, T), without what is asked."""
 
-    def __len__(self) -> int:
-        return len(self.tensors["input_ids"])
+    default_prompt = "Describe this picture in one sentence."
 
-    def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Prompts:
-        device = self.tensors["input_ids"].device
-        rows = torch.arange(len(self), device=device)[index].tolist()
-        tensors, counts = {}, {}
-        for name, tensor in self.tensors.items():
-            parts = tensor.split(self.counts[name])
-            tensors[name] = torch.cat([parts[row] for row in rows])
-            counts[name] = [self.counts[name][row] for row in rows]
-        return Prompts(tensors, counts)
-
-
-class ImageText(Captioner):
-    """Any other image-text-to-text model with a decoder alone: Qwen-VL, SmolVLM, Gemma 3, LLaVA...
-
-    It is asked for a caption, by the checkpoint's chat template if it has one. The prompt, in which
-    the picture's tokens are, is a part of the features: P is 0. Each pass encodes images anew."""
-
-    def __init__(self, model: nn.Module, processor, _, prompt: str | None = None):
-        tokenizer = processor.tokenizer
+    def __init__(self, model: nn.Module, processor, tokenizer, prompt: str | None = None):
+        family, tokenizer = model.config.model_type, processor.tokenizer
+        if prompt is None:
+            prompt = {"paligemma": "caption en", "blip-2": ""}.get(family)
         super().__init__(model, processor.image_processor, tokenizer, prompt)
         self.image_processor, self.start = processor, []
-        asked, self.before, self.lead = self.conversation()
+        self.before, after = self.conversation(processor, family)
+        closing = tokenizer(after.strip(), add_special_tokens=False).input_ids
+        special = [token for token in closing if token in tokenizer.added_tokens_decoder]
+        self.end = [*special, self.end][0]
         self.writer.generation_config.eos_token_id = self.end
+        asked = self.before.rstrip(" " if processor.chat_template else None)
         self.pixels = functools.partial(prepare_prompts, processor, asked)
-        self.longest -= self.pixels([Image.new("RGB", (64, 64))]).tensors["input_ids"].shape[1]
+        self.longest -= self.pixels([Image.new("RGB", (64, 64))])[0]["input_ids"].shape[1]
+        image = getattr(model.config, "image_token_id", -1)
 
-        # A placeholder of a picture's tokens is no word: its probability is zero.
-        names = [f"{kind}_token_id" for kind in ("image", "video", "audio")]
-        ids = [getattr(model.config, name, None) for name in names]
-        layer = model.get_output_embeddings()
-        ids = torch.tensor([token for token in ids if token and token < layer.out_features])
+        def forbid(layer: nn.Module, arguments: tuple, logits: Tensor) -> None:
+            logits[..., image : image + 1] = -torch.inf  # it holds a picture's place: no word
 
-        def forbid(layer: nn.Module, inputs: tuple, logits: Tensor) -> Tensor:
-            return logits.index_fill(-1, ids.to(logits.device), -torch.inf)
+        model.get_output_embeddings().register_forward_hook(forbid)
 
-        layer.register_forward_hook(forbid)
-
-    @property
-    def default_prompt(self) -> str:
-        """What is asked unless the user says otherwise."""
-        usual = {"paligemma": "caption en", "blip-2": ""}  # what they learned to continue
-        return usual.get(self.model.config.model_type, "Describe this picture in one sentence.")
-
-    def special_tokens(self) -> tuple[int, int, int]:
+    def special_tokens(self) -> tuple[None, int, int]:
         """No start; the ids of end and padding."""
-        ends = self.model.generation_config.eos_token_id
-        end = ends[0] if isinstance(ends, list) else ends
-        pad = self.tokenizer.pad_token_id
+        end, pad = self.model.generation_config.eos_token_id, self.tokenizer.pad_token_id
+        end = end[0] if isinstance(end, list) else end
         return None, end, end if pad is None else pad
 
-    def conversation(self) -> tuple[str, str, str]:
-        """The prompt with a place for the picture; the text right before the answer, and what
-        separates both. What follows an answer in the chat template becomes the end token."""
-        processor, family = self.image_processor, self.model.config.model_type
-        if family == "blip-2":
-            return self.prompt, self.prompt, " " if self.prompt else ""
+    def conversation(self, processor, family: str) -> tuple[str, str]:
+        """What stands before a caption, with a place for the picture, and what after it: by the
+        checkpoint's chat template, if it has one."""
         if not processor.chat_template:
-            asked = f"{processor.image_token}{self.prompt}"
-            return asked, asked, "\n" if family == "paligemma" else " "
-        content = [{"type": "image"}, {"type": "text", "text": self.prompt}]
-        chat = [{"role": "user", "content": content}]
-        asked = processor.apply_chat_template(chat, add_generation_prompt=True)
-        chat += [{"role": "assistant", "content": [{"type": "text", "text": "CAPTION"}]}]
+            plain = {"paligemma": "<image>{}\n", "blip-2": "{} "}.get(family, "<image>{} ")
+            return plain.format(self.prompt).lstrip(), ""
+        question = [{"type": "image"}, {"type": "text", "text": self.prompt}]
+        answer = [{"type": "text", "text": "CAPTION"}]
+        chat = [dict(role="user", content=question), dict(role="assistant", content=answer)]
         before, _, after = processor.apply_chat_template(chat).rpartition("CAPTION")
-        closing = self.tokenizer(after.strip(), add_special_tokens=False).input_ids
-        special = self.tokenizer.added_tokens_decoder
-        self.end = next((token for token in closing if token in special), self.end)
-        return asked, asked, before[len(asked) :] if before.startswith(asked) else ""
+        return before, after
 
-    @property
-    def writer(self) -> nn.Module:
-        """The whole model."""
-        return self.model
-
-    def inputs(self, features: Prompts, tokens: Tensor, image_index: Tensor, share=True) -> dict:
-        """The writer's arguments: of each caption its picture's prompt, then the tokens so far."""
-        given = features[image_index].tensors
-        shape, tokens = given["input_ids"].shape, tokens.long()
-        # PaliGemma's type 0 sees what follows; to the others it is text.
-        kinds = dict(attention_mask=1, token_type_ids=self.model.config.model_type == "paligemma")
-        for name, tensor in given.items():
-            more = torch.full_like(tokens, kinds.get(name, 0))
-            if tensor.shape == shape:  # one for each token
-                more = tokens if name == "input_ids" else more
-                given[name] = torch.cat([tensor, more], dim=1)
+    def inputs(self, features: list, tokens: Tensor, image_index: Tensor, share=True) -> dict:
+        """The writer's arguments: for each caption what is asked, then its tokens so far."""
+        rows = [features[row] for row in image_index.tolist()]
+        suffix = self.model.config.model_type == "paligemma"  # its type of what is causal
+        kinds = dict(input_ids=tokens.long(), attention_mask=1, token_type_ids=int(suffix))
+        arguments = {}
+        for name, first in rows[0].items():
+            of_tokens = first.shape == rows[0]["input_ids"].shape
+            arguments[name] = stack_padded([row[name] for row in rows], left=of_tokens)
+            if of_tokens:
+                more = torch.zeros_like(tokens, dtype=torch.long) + kinds.get(name, 0)
+                arguments[name] = torch.cat([arguments[name], more], dim=1)
         if "logits_to_keep" in inspect.signature(self.writer.forward).parameters:
-            given["logits_to_keep"] = tokens.shape[1] + 1  # those of a long prompt would be large
-        return given
+            arguments["logits_to_keep"] = tokens.shape[1] + 1
+        return arguments
 
-    def encode(self, pixels: Prompts) -> Prompts:
-        """The prompts themselves: there is nothing that every model can reuse."""
-        device = self.model.device
-        moved = {name: tensor.to(device) for name, tensor in pixels.tensors.items()}
-        return Prompts(moved, pixels.counts)
+    def encode(self, pixels: list) -> list:
+        """The same on the model's device: there is nothing to reuse."""
+        return [each.to(self.model.device) for each in pixels]
 
     def tokenize(self, captions: Sequence[str], max_length: int) -> Tensor:
-        """Captions as tokens (B, T), as they stand after the prompt."""
-        texts = [self.before, *(self.before + self.lead + caption for caption in captions)]
-        prompt, *words = self.tokenizer(texts, add_special_tokens=False).input_ids
-        rows = [[*row[len(prompt) :], self.end][:max_length] for row in words]
-        rows = [torch.tensor(row, device=self.model.device) for row in rows]
-        return nn.utils.rnn.pad_sequence(rows, True, self.pad)
+        """Captions as tokens (B, T), as they would follow what is asked."""
+        texts = [self.before.rstrip(" "), *(self.before + caption for caption in captions)]
+        asked, *words = self.tokenizer(texts, add_special_tokens=False).input_ids
+        rows = [torch.tensor([*row[len(asked) :], self.end][:max_length]) for row in words]
+        return nn.utils.rnn.pad_sequence(rows, True, self.pad).to(self.model.device)
 
-    def generate(self, features: Prompts, max_length: int, count: int = 1, **options) -> Tensor:
-        """The same as for every captioner, less the prompts."""
+    def generate(self, features: list, max_length: int, count: int = 1, **options) -> Tensor:
+        """As for every captioner, less what is asked."""
         options["generation_config"] = self.writer.generation_config  # a BLIP-2 has two
-        written = super().generate(features, max_length, count, **options)
-        return written[:, features.tensors["input_ids"].shape[1] :]
+        tokens = super().generate(features, max_length, count, **options)
+        return tokens[:, max(each["input_ids"].shape[1] for each in features) :]
 
 
 # transformers' name of a model type -> the class that knows it
@@ -1191,26 +1151,24 @@ def prepare_pixels(image_processor, pictures: Sequence[Image.Image]) -> Tensor:
     return image_processor(list(pictures), return_tensors="pt").pixel_values
 
 
-def prepare_prompts(processor, asked: str, pictures: Sequence[Image.Image]) -> Prompts:
-    """RGB pictures and what is asked of each, as a checkpoint's processor makes them, one by one:
-    tokens padded on the left, all else at its end, as transformers' processors do with batches."""
+def prepare_prompts(processor, asked: str, pictures: Sequence[Image.Image]) -> list:
+    """What a checkpoint's processor makes of each picture and what is asked, one by one."""
+    torch.multiprocessing.set_sharing_strategy("file_system")  # files would be too many to be open
     bos = processor.tokenizer.bos_token
     options = dict(add_special_tokens=False) if bos and asked.startswith(bos) else {}
     options |= dict(text=asked, return_tensors="pt")
     made = [processor(images=picture, **options) for picture in pictures]
-    tensors, counts = {}, {}
-    for name in [name for name in made[0] if name != "labels"]:
-        parts = [each[name] for each in made]
-        of_tokens = parts[0].shape == made[0]["input_ids"].shape
-        largest = torch.tensor([part.shape[1:] for part in parts]).amax(dim=0)
-        value = processor.tokenizer.pad_token_id or 0 if name == "input_ids" else 0
-        for number, part in enumerate(parts):
-            sides = []  # F.pad takes those of the last dimension first
-            for gap in (largest - torch.tensor(part.shape[1:])).flip(0).tolist():
-                sides += (gap, 0) if of_tokens else (0, gap)
-            parts[number] = F.pad(part, sides, value=value)
-        tensors[name], counts[name] = torch.cat(parts), [len(part) for part in parts]
-    return Prompts(tensors, counts)
+    for each in made:
+        each.pop("labels", None)
+    return made
+
+
+def stack_padded(parts: Sequence[Tensor], left: bool) -> Tensor:
+    """Tensors of any sizes one below the other, with zeros to the left or right of the smaller."""
+    sizes = torch.tensor([part.shape[1:] for part in parts])
+    gaps = (sizes.amax(dim=0) - sizes).flip(1)  # F.pad begins with the last dimension
+    sides = torch.stack([gaps * left, gaps * (not left)], dim=2).flatten(1).tolist()
+    return torch.cat([F.pad(part, some) for part, some in zip(parts, sides)])
 
 
 def local_folder(name: str, inside: str, wanted: str, kinds: Sequence[str]) -> Path:

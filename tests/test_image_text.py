@@ -1,7 +1,5 @@
 """Captioners of today, on tiny random checkpoints saved in the true formats of their families."""
 
-import json
-
 import pytest
 import torch
 from PIL import Image
@@ -185,6 +183,7 @@ def save_gemma3(folder):
     images = Gemma3ImageProcessor(size=dict(height=32, width=32))
     processor = Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=GEMMA3)
     text = dict(TEXT, bos_token_id=2, eos_token_id=1, head_dim=8, sliding_window=6)
+    text["layer_types"] = ["sliding_attention", "full_attention"]
     config = Gemma3Config(
         text_config=dict(text, vocab_size=len(tokenizer), query_pre_attn_scalar=8),
         vision_config=dict(VISION, image_size=32, patch_size=8), mm_tokens_per_image=4,
@@ -223,9 +222,7 @@ def save_llava(folder):
         vocab=vocab, merges=merges, pad_token="<pad>", additional_special_tokens=["<image>"],
         add_bos_token=True,
     )  # fmt: skip
-    images = CLIPImageProcessor(
-        size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)
-    )
+    images = CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))
     processor = LlavaProcessor(
         images, tokenizer, patch_size=8, vision_feature_select_strategy="default",
         chat_template=LLAVA, num_additional_image_tokens=1,
