@@ -1078,7 +1078,9 @@ class ImageText(GIT):
         closing = tokenizer(after.strip(), add_special_tokens=False).input_ids
         special = [token for token in closing if token in tokenizer.added_tokens_decoder]
         self.end = [*special, self.end][0]
-        self.writer.generation_config.eos_token_id = self.end
+        model.generation_config.eos_token_id = self.end
+        if family == "blip-2":  # its generate is that of the model within
+            model.language_model.generation_config = model.generation_config
         asked = self.before.rstrip(" " if processor.chat_template else None)
         self.pixels = functools.partial(prepare_prompts, processor, asked)
         self.longest -= self.pixels([Image.new("RGB", (64, 64))])[0]["input_ids"].shape[1]
@@ -1136,7 +1138,6 @@ class ImageText(GIT):
 
     def generate(self, features: list, max_length: int, count: int = 1, **options) -> Tensor:
         """As for every captioner, less what is asked."""
-        options["generation_config"] = self.writer.generation_config  # a BLIP-2 has two
         tokens = super().generate(features, max_length, count, **options)
         return tokens[:, max(each["input_ids"].shape[1] for each in features) :]
 

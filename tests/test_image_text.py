@@ -187,11 +187,12 @@ def save_gemma3(folder):
     config = Gemma3Config(
         text_config=dict(text, vocab_size=len(tokenizer), query_pre_attn_scalar=8),
         vision_config=dict(VISION, image_size=32, patch_size=8), mm_tokens_per_image=4,
-        boi_token_index=5, eoi_token_index=6, image_token_index=7,
+        boi_token_index=5, eoi_token_index=6, image_token_index=7, tie_word_embeddings=False,
     )  # fmt: skip
     model = Gemma3ForConditionalGeneration(config)
     model.generation_config.update(eos_token_id=[1, 9], top_k=64, top_p=0.95, do_sample=True)
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # from 0
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.02)  # or words outdo pictures
     save(folder, model, processor)
 
 
@@ -297,7 +298,6 @@ def draw(captioner, features, count, max_length, **options):
     own = torch.arange(len(features)).repeat_interleave(count)
     given = captioner.inputs(features, torch.zeros(len(own), 0), own)
     options |= dict(do_sample=True, top_k=0, return_dict_in_generate=True, output_scores=True)
-    options["generation_config"] = captioner.writer.generation_config
     output = captioner.writer.generate(**given, **options, max_new_tokens=max_length)
     return output.sequences[:, given["input_ids"].shape[1] :], torch.stack(output.scores, dim=1)
 
