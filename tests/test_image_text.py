@@ -1,7 +1,11 @@
 """Captioners of today, on tiny random checkpoints saved in the true formats of their families."""
 
+import io
+import json
+
 import pytest
 import torch
+from conftest import configure
 from PIL import Image
 from tokenizers import pre_tokenizers
 
@@ -367,3 +371,135 @@ def test_pictures_are_seen(captioner, features):
         log_probs, mask = captioner.log_probs(features, tokens)
     spread = log_probs.masked_fill(mask == 0, 0.0).std(dim=0)
     assert spread.max() > 0.01
+
+
+def test_samples_and_greedy_captions_come_from_one_pass(captioner, features):
+    greedy = captioner.greedy(features, 9)
+    sampled, together = captioner.sample_and_greedy(features, 9, 3)
+    assert captioner.decode(together) == captioner.decode(greedy)
+    row = torch.arange(4).repeat_interleave(3)
+    drawn = captioner.sample(features, 9, count=3, top_p=0.0)  # the likeliest token alone is left
+    assert captioner.decode(drawn) == [captioner.decode(greedy)[image] for image in row]
+    assert len(sampled) == 12 and captioner.decode(sampled) != captioner.decode(drawn)
+
+
+def test_tokens_are_those_of_the_chat_with_the_caption_in_it(folder, captioner):
+    """After "Assistant:" a caption begins with a space, after a line break it does not; its end is
+    what the template has there, not the end of the text."""
+    texts = ["a dog with the red hat", "the cat"]
+    tokens = captioner.tokenize(texts, 20)
+    assert captioner.decode(tokens) == texts and captioner.start == []
+    first, end = {
+        "save_idefics3": ("Ġ", "<end_of_utterance>"), "save_qwen": ("a", "<|im_end|>"),
+        "save_paligemma": ("a", "<eos>"), "save_gemma3": ("a", "<end_of_turn>"),
+        "save_llava": ("▁", "</s>"), "save_blip2": ("a", "Ċ"),
+    }[folder.name[:-1]]  # fmt: skip
+    words = captioner.tokenizer.convert_ids_to_tokens(tokens[0])
+    assert words[0].startswith(first) and words[-1] == end and words.count(end) == 1
+    assert captioner.mask(tokens)[0].all() and captioner.mask(tokens)[1].sum() == len(words) - 4
+    assert captioner.tokenize(texts, 3).shape == (2, 3)
+
+
+def test_a_placeholder_is_never_sampled_nor_likely(captioner, features):
+    """Its embedding would take the place of a part of the picture, or end the run."""
+    place = captioner.model.config.image_token_id
+    with torch.no_grad():
+        inputs = captioner.inputs(features, torch.zeros(4, 0), torch.arange(4))
+        logits = captioner.model(**inputs).logits[:, -1]
+    if place < logits.shape[1]:
+        assert (logits[:, place] == -torch.inf).all()
+        assert logits.isfinite().sum() == 4 * (logits.shape[1] - 1)
+
+
+def test_a_saved_captioner_loads_the_same(captioner, features, images, tmp_path):
+    captioner.save(tmp_path)
+    again = distcap.Captioner.load(str(tmp_path))
+    assert type(again) is distcap.ImageText and again.prompt == captioner.prompt
+    assert (again.end, again.pad, again.before) == (captioner.end, captioner.pad, captioner.before)
+    assert again.greedy(again.encode(again.pixels(images)), 9).equal(captioner.greedy(features, 9))
+
+
+def test_a_prompt_of_the_users_takes_the_place_of_the_usual_one(folder, captioner, tmp_path):
+    usual = {"save_paligemma0": "caption en", "save_blip20": ""}
+    assert captioner.prompt == usual.get(folder.name, "Describe this picture in one sentence.")
+    asked = distcap.Captioner.load(str(folder), prompt="the red hat")
+    assert "the red hat" in asked.before
+    tokens = asked.pixels([Image.new("RGB", (40, 40))])[0]["input_ids"][0]
+    assert "the red hat" in asked.tokenizer.decode(tokens)
+    asked.save(tmp_path)
+    assert distcap.Captioner.load(str(tmp_path)).prompt == "the red hat"
+    texts = ["a dog with the red hat", "the cat"]
+    assert asked.decode(asked.tokenize(texts, 20)) == texts
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_five_steps_change_only_what_is_trainable(folder, clip, world, tmp_path, precision):
+    learning = distcap.Captioner.load(str(folder))
+    learning.bf16 = precision == "bf16"
+    learning.train_only(r"layers\.1\..*(mlp|fc2)")
+    before = {name: each.clone() for name, each in learning.model.named_parameters()}
+    short = dict(tf_steps=2, steps=5, batch_size=4, samples=2, max_length=9, regularizer="kl")
+    config, log = configure(**short, precision=precision, learning_rate=1e-2), io.StringIO()
+    captions = distcap.learn(learning, clip, world, world[:3], config, log)
+    assert [len(captions[row]) for row in ("before", "after")] == [3, 3]
+    records = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert len(records) == 7 and all(record["loss"] is not None for record in records)
+
+    for name, each in learning.model.named_parameters():
+        chosen = "layers.1." in name and ("mlp" in name or "fc2" in name)
+        assert each.requires_grad == chosen and each.equal(before[name]) != chosen, name
+        frozen = torch.bfloat16 if precision == "bf16" else torch.float32
+        assert each.dtype == (torch.float32 if chosen else frozen)
+    learning.save(tmp_path)
+    again = distcap.Captioner.load(str(tmp_path))
+    for name, each in again.model.named_parameters():
+        assert each.dtype == torch.float32
+        assert each.equal(dict(learning.model.named_parameters())[name].float())
+
+
+def test_gradients_reach_all_of_the_model(captioner, images):
+    tokens = captioner.tokenize(["a dog with the red hat"] * 4, 20)
+    captioner.zero_grad()
+    log_probs, mask = captioner.log_probs(captioner.encode(captioner.pixels(images)), tokens)
+    log_probs.masked_fill(mask == 0, 0.0).sum().backward()
+    still = [name for name, each in captioner.model.named_parameters() if each.grad is None]
+    unused = ("pooler", "head.", "post_layernorm", "vision_tower.encoder.layers.2")
+    unused += ("vision_model.encoder.layers.2", "post_layer_norm")
+    assert [name for name in still if not any(part in name for part in unused)] == []
+
+
+def test_caption_takes_every_family_with_workers(folder, tmp_path, images, capsys):
+    """A batch of many pictures comes from a worker as many tensors; few files may be open."""
+    import resource
+
+    for number, image in enumerate(images * 15):
+        image.save(tmp_path / f"{number:02}.png")
+    (tmp_path / "05.png").write_bytes(b"no picture")
+    command = ["caption", str(tmp_path), "--captioner", str(folder), "--device", "cpu"]
+    command += ["--batch-size", "30", "--beams", "1", "--max-length", "7"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        assert distcap.main(command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == [
+        f"{tmp_path}/{number:02}.png" for number in range(60) if number != 5
+    ]
+
+
+def test_what_does_not_fit_is_refused_in_one_line(tmp_path, capsys):
+    from transformers import Blip2Config, Florence2Config, LlamaConfig
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    t5 = Blip2Config(text_config=dict(model_type="t5"), use_decoder_only_language_model=False)
+    for config in (Florence2Config(), t5, LlamaConfig()):
+        folder = tmp_path / config.model_type
+        config.save_pretrained(folder)
+        (folder / "model.safetensors").touch()
+        command = ["caption", str(tmp_path / "x.png"), "--captioner", str(folder)]
+        assert distcap.main([*command, "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"a model of type {config.model_type}; capt" in error
+        assert "blip, vision-encoder-decoder, git, or image-text-to-text with a decoder" in error
