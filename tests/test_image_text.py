@@ -471,6 +471,10 @@ def test_gradients_reach_all_of_the_model(captioner, images):
 def test_caption_takes_every_family_with_workers(folder, tmp_path, images, capsys):
     """A batch of many pictures comes from a worker as many tensors; few files may be open."""
     import resource
+    import signal
+
+    def stop(*_):
+        raise TimeoutError("workers wait for files that they may not open")
 
     for number, image in enumerate(images * 15):
         image.save(tmp_path / f"{number:02}.png")
@@ -479,9 +483,12 @@ def test_caption_takes_every_family_with_workers(folder, tmp_path, images, capsy
     command += ["--batch-size", "30", "--beams", "1", "--max-length", "7"]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(30)
     try:
         assert distcap.main(command) == 1
     finally:
+        signal.alarm(0)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[0] for line in lines] == [
