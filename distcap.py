@@ -809,7 +809,9 @@ class Captioner(nn.Module):
         if prompt is None:
             prompt = getattr(model.config, "prompt", self.default_prompt)
         self.prompt = model.config.prompt = prompt
+        self.before = f"{prompt} "  # what a caption follows
         self.start = [start, *tokenizer(prompt, add_special_tokens=False).input_ids]
+        self.skipped = len(self.start) - 1  # tokens that are not the caption's
         decoder = model.config.get_text_config(decoder=True)
         self.longest = decoder.max_position_embeddings - len(self.start)
 
@@ -891,10 +893,8 @@ class Captioner(nn.Module):
             family = json.loads((folder / "config.json").read_text())["model_type"]
             kind = FAMILIES.get(family, ImageText)
             fits = family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-            if fits and kind is ImageText:
-                text = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
-                fits = not text.is_encoder_decoder
-            if not fits:
+            text = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+            if not fits or kind is ImageText and text.is_encoder_decoder:
                 known = f"{', '.join(FAMILIES)}, or image-text-to-text with a decoder alone"
                 raise ValueError(f"a model of type {family}; captioners are of type {known}")
             options = dict(dtype=torch.float32, output_loading_info=True)
@@ -933,10 +933,10 @@ class Captioner(nn.Module):
 
     def tokenize(self, captions: Sequence[str], max_length: int) -> Tensor:
         """Captions as tokens (B, P + T). One of more than `max_length` is cut and has no end."""
-        texts = [f"{self.prompt} {caption}".strip() for caption in captions]
+        texts = [f"{self.before}{caption}".strip() for caption in captions]
         words = self.tokenizer(texts, add_special_tokens=False).input_ids
-        most = len(self.start) + max_length
-        rows = [torch.tensor([self.start[0], *row, self.end][:most]) for row in words]
+        words = [[*row[self.skipped :], self.end][:max_length] for row in words]
+        rows = [torch.tensor(self.start + row) for row in words]
         return nn.utils.rnn.pad_sequence(rows, True, self.pad).to(self.model.device)
 
     def decode(self, tokens: Tensor) -> list[str]:
@@ -1089,9 +1089,10 @@ class ImageText(GIT):
         super().__init__(model, processor.image_processor, tokenizer, prompt)
         self.image_processor, self.start = processor, []
         self.before, after = self.conversation(processor, family)
-        closing = tokenizer(after.strip(), add_special_tokens=False).input_ids
-        special = [token for token in closing if token in tokenizer.added_tokens_decoder]
-        self.end = [*special, self.end][0]
+        texts = [self.before.rstrip(" "), after.strip()]
+        prompt, closing = tokenizer(texts, add_special_tokens=False).input_ids
+        self.skipped = len(prompt)
+        self.end = next(filter(tokenizer.added_tokens_decoder.get, closing), self.end)
         model.generation_config.eos_token_id = self.end
         if family == "blip-2":  # its generate is that of the model within
             model.language_model.generation_config = model.generation_config
@@ -1129,8 +1130,8 @@ class ImageText(GIT):
         suffix = self.model.config.model_type == "paligemma"  # its type of what is causal
         kinds = dict(input_ids=tokens.long(), attention_mask=1, token_type_ids=int(suffix))
         arguments = {}
-        for name, first in rows[0].items():
-            of_tokens = first.shape == rows[0]["input_ids"].shape
+        for name in rows[0].keys() - {"labels"}:
+            of_tokens = rows[0][name].shape == rows[0]["input_ids"].shape
             arguments[name] = stack_padded([row[name] for row in rows], left=of_tokens)
             if of_tokens:
                 more = torch.zeros_like(tokens, dtype=torch.long) + kinds.get(name, 0)
@@ -1139,16 +1140,14 @@ class ImageText(GIT):
             arguments["logits_to_keep"] = tokens.shape[1] + 1
         return arguments
 
+    @property
+    def vision(self) -> nn.Module:
+        """The part of the model that sees."""
+        return self.model.get_encoder(modality="image")
+
     def encode(self, pixels: list) -> list:
         """The same on the model's device: there is nothing to reuse."""
         return [each.to(self.model.device) for each in pixels]
-
-    def tokenize(self, captions: Sequence[str], max_length: int) -> Tensor:
-        """Captions as tokens (B, T), as they would follow what is asked."""
-        texts = [self.before.rstrip(" "), *(self.before + caption for caption in captions)]
-        asked, *words = self.tokenizer(texts, add_special_tokens=False).input_ids
-        rows = [torch.tensor([*row[len(asked) :], self.end][:max_length]) for row in words]
-        return nn.utils.rnn.pad_sequence(rows, True, self.pad).to(self.model.device)
 
     def generate(self, features: list, max_length: int, count: int = 1, **options) -> Tensor:
         """As for every captioner, less what is asked."""
@@ -1172,10 +1171,7 @@ def prepare_prompts(processor, asked: str, pictures: Sequence[Image.Image]) -> l
     bos = processor.tokenizer.bos_token
     options = dict(add_special_tokens=False) if bos and asked.startswith(bos) else {}
     options |= dict(text=asked, return_tensors="pt")
-    made = [processor(images=picture, **options) for picture in pictures]
-    for each in made:
-        each.pop("labels", None)
-    return made
+    return [processor(images=picture, **options) for picture in pictures]
 
 
 def stack_padded(parts: Sequence[Tensor], left: bool) -> Tensor:

@@ -1,6 +1,5 @@
 """Captioners of today, on tiny random checkpoints saved in the true formats of their families."""
 
-import io
 import json
 
 import pytest
@@ -439,10 +438,11 @@ def test_five_steps_change_only_what_is_trainable(folder, clip, world, tmp_path,
     learning.train_only(r"layers\.1\..*(mlp|fc2)")
     before = {name: each.clone() for name, each in learning.model.named_parameters()}
     short = dict(tf_steps=2, steps=5, batch_size=4, samples=2, max_length=9, regularizer="kl")
-    config, log = configure(**short, precision=precision, learning_rate=1e-2), io.StringIO()
-    captions = distcap.learn(learning, clip, world, world[:3], config, log)
+    config, run = configure(**short, precision=precision, learning_rate=1e-2), distcap.Run(tmp_path)
+    learner = distcap.Learner(learning, clip, config, config.max_length)
+    captions = distcap.learn(learner, world, world[:3], config, run, validate=dict)
     assert [len(captions[row]) for row in ("before", "after")] == [3, 3]
-    records = [json.loads(line) for line in log.getvalue().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(records) == 7 and all(record["loss"] is not None for record in records)
 
     for name, each in learning.model.named_parameters():
@@ -450,7 +450,7 @@ def test_five_steps_change_only_what_is_trainable(folder, clip, world, tmp_path,
         assert each.requires_grad == chosen and each.equal(before[name]) != chosen, name
         frozen = torch.bfloat16 if precision == "bf16" else torch.float32
         assert each.dtype == (torch.float32 if chosen else frozen)
-    learning.save(tmp_path)
+    learning.save(tmp_path / "captioner")
     again = distcap.Captioner.load(str(tmp_path))
     for name, each in again.model.named_parameters():
         assert each.dtype == torch.float32
