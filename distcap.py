@@ -894,7 +894,7 @@ class Captioner(nn.Module):
             kind = FAMILIES.get(family, ImageText)
             fits = family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
             text = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
-            if not fits or kind is ImageText and text.is_encoder_decoder:
+            if not fits or (kind is ImageText and text.is_encoder_decoder):
                 known = f"{', '.join(FAMILIES)}, or image-text-to-text with a decoder alone"
                 raise ValueError(f"a model of type {family}; captioners are of type {known}")
             options = dict(dtype=torch.float32, output_loading_info=True)
@@ -902,6 +902,10 @@ class Captioner(nn.Module):
             model, report = auto.from_pretrained(folder, **options)
             if missing := report["missing_keys"]:
                 raise ValueError(f"it lacks the weights {min(missing)}; is it complete?")
+            size = sum(weights.nbytes for weights in model.parameters())
+            if device.startswith("cuda") and size > torch.cuda.mem_get_info(device)[0]:
+                much = f"its weights take {size / 2**30:.1f} GiB, more than is free on {device}"
+                raise ValueError(f"{much}; try --device cpu")
             processor = AutoProcessor if kind is ImageText else AutoImageProcessor
             parts = [each.from_pretrained(folder) for each in (processor, AutoTokenizer)]
             return kind(model, *parts, prompt).eval().to(device)
@@ -2536,8 +2540,6 @@ def train(config: TrainConfig) -> None:
     if config.captioner:
         config = dataclasses.replace(config, clip=clip_name(config))
         captioner, clip = load_models(config)
-        if config.train_only:
-            captioner.train_only(config.train_only)
     out = open_run_folder(config)
     run = Run(out, config.resume, config.tensorboard)
     if not config.captioner:
@@ -2952,6 +2954,8 @@ def load_models(config: Decoding, with_clip: bool = True) -> tuple[Captioner, CL
     captioner = Captioner.load(config.captioner, config.device, config.prompt)
     captioner.check_length(config.max_length)
     captioner.bf16 = config.precision == "bf16"
+    if isinstance(config, TrainConfig) and config.train_only:
+        captioner.train_only(config.train_only)
     return captioner, CLIP.load(clip_name(config), config.device) if with_clip else None
 
 
@@ -3176,6 +3180,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (BrokenPipeError, KeyboardInterrupt) as stop:  # the reader has seen enough; or Ctrl-C
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 130 if isinstance(stop, KeyboardInterrupt) else 0
+    except torch.OutOfMemoryError:
+        remedy = "a smaller --batch-size, --precision bf16 or --device cpu"
+        print(f"distcap: {config.device} has too little memory; try {remedy}", file=sys.stderr)
+        return 2
     except (UserError, OSError) as error:  # a full disk or a forbidden folder is no bug of ours
         print(f"distcap: {error}", file=sys.stderr)
         return 2

@@ -510,3 +510,63 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and f"a model of type {config.model_type}; capt" in error
         assert "blip, vision-encoder-decoder, git, or image-text-to-text with a decoder" in error
+
+
+def test_memory_that_is_too_small_is_one_line(monkeypatch, tmp_path, capsys):
+    save_llava(tmp_path)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    with pytest.raises(distcap.UserError, match=r"its weights take .* GiB, more than is free"):
+        distcap.Captioner.load(str(tmp_path), "cuda")
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    monkeypatch.setattr(distcap.Captioner, "encode", fail)
+    monkeypatch.setattr(distcap.ImageText, "encode", fail)
+    command = ["caption", str(tmp_path / "x.png"), "--captioner", str(tmp_path)]
+    assert distcap.main([*command, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "cpu has too little memory; try a smaller --batch-size" in error
+
+
+def test_train_only_names_what_it_does_not_find(captioner):
+    with pytest.raises(distcap.UserError, match=r"--train-only no_such: finds no parameter; one"):
+        captioner.train_only("no_such")
+    with pytest.raises(distcap.UserError, match=r"--train-only \(: not a regular expression"):
+        captioner.train_only("(")
+    assert all(each.requires_grad for each in captioner.parameters())
+
+
+def test_train_only_on_the_command_line(tmp_path, clip, run, world, capsys):
+    """A captioner of today, trained in part, saved, and used by the other verbs."""
+    save_qwen(tmp_path / "qwen")
+    data = tmp_path / "data"
+    distcap.write_examples(data, world[:24])
+    command = ["train", str(data), "--captioner", str(tmp_path / "qwen"), "--clip", str(run)]
+    command += ["--out", str(tmp_path / "run"), "--steps", "2", "--batch-size", "4"]
+    command += ["--learning-rate", "0.01", "--max-length", "7", "--accumulate", "2"]
+    command += ["--device", "cpu", "--precision", "bf16", "--freeze-vision"]
+    assert distcap.main([*command, "--train-only", "no_such"]) == 2
+    assert not (tmp_path / "run").exists()
+    assert distcap.main([*command, "--train-only", r"layers\.1\.mlp"]) == 0
+    capsys.readouterr()
+    before, after = (
+        dict(distcap.Captioner.load(str(tmp_path / name)).model.named_parameters())
+        for name in ("qwen", "run")
+    )
+    still = {name for name in before if after[name].equal(before[name].bfloat16().float())}
+    assert {name for name in before if "layers.1.mlp" not in name} == still
+    assert distcap.main(["eval", str(data), "--captioner", str(tmp_path / "run")]) == 0
+    assert distcap.main(["train", "toy", "--train-only", "x", "--out", str(tmp_path / "y")]) == 2
+    assert "--train-only: changes nothing without --captioner" in capsys.readouterr().err
+
+
+def test_captions_are_cleaned_up():
+    """Only the first line, no quotation marks around it; those within it, and apostrophes, stay."""
+    captioner = distcap.toy_captioner(0)
+    texts = ['"A dog."', "“a dog”", " a  dog\nIt is red.", "\n\n'a dog'\nYes", "a dog's ball"]
+    texts += ['"a" and "b"', '"a dog', '"', ""]
+    wanted = ["A dog.", "a dog", "a dog", "a dog", "a dog's ball", '"a" and "b"', '"a dog', '"', ""]
+    captioner.tokenizer = type("", (), {"batch_decode": lambda *_, **options: texts})()
+    assert captioner.decode(torch.zeros(9, 3)) == wanted
