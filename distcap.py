@@ -1755,8 +1755,8 @@ class CaptionDataset(torch.utils.data.Dataset):
         self.prepare = prepare  # pictures -> (B, 3, height, width)
         self.prepared = None
         images = [example.image for example in examples]
-        in_memory = all(isinstance(image, Image.Image) for image in images)
-        if in_memory and isinstance(prepare(images[:1]), Tensor):  # not a list of any sizes
+        small = getattr(prepare, "func", None) is not prepare_prompts  # which makes many tiles
+        if small and all(isinstance(image, Image.Image) for image in images):
             self.prepared = torch.cat([prepare(some) for some in batched(images, 256)])
 
     def __getitem__(self, pairs: Sequence[tuple[int, int]]) -> Batch | UserError:
