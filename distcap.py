@@ -44,6 +44,7 @@ reward cannot hack.
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -63,6 +64,7 @@ import re
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -2185,53 +2187,382 @@ def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 256) -> Tenso
     return torch.cat(ranks)
 
 
-def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor) -> dict[str, float]:
-    """Recall at 1, 5 and 10 and the median rank, both ways, among all given: (N, D), (N, D)."""
-    text_to_image = retrieval_ranks(caption_embeddings, image_embeddings)
-    image_to_text = retrieval_ranks(image_embeddings, caption_embeddings)
-    measures = {}
-    for way, ranks in [("text_to_image", text_to_image), ("image_to_text", image_to_text)]:
-        measures |= {f"{way}_R@{k}": (ranks <= k).float().mean().item() for k in (1, 5, 10)}
-        measures[f"{way}_median_rank"] = ranks.median().item()
+class Measures(dict):
+    """Measures of captions by name: of all together. `each` has the values of every caption alone,
+    of those measures that exist for one. Where `overall` says nothing else, all is their mean."""
+
+    def __init__(self, each: dict[str, list], overall: dict[str, float] | None = None) -> None:
+        means = {name: statistics.fmean(values) for name, values in each.items()}
+        super().__init__(means | (overall or {}))
+        self.each = dict(each)
+
+    def add(self, other: Measures, heading: str = "") -> None:
+        """Take over other measures, under a heading if there is one."""
+        self.update({heading: other} if heading else other)
+        self.each.update({heading: other.each} if heading else other.each)
+
+
+def pool_ranks(queries: Tensor, targets: Tensor, pools: Tensor, chunk: int = 256) -> Tensor:
+    """Rank, from 1, of target n for query n against the targets of its own pool alone, which are
+    pools[n]: (N, D), (N, D), (N, M) -> (N,). Ties are lost."""
+    ranks = []
+    for rows in torch.arange(len(queries), device=queries.device).split(chunk):
+        own = (queries[rows] * targets[rows]).sum(dim=1)
+        others = torch.einsum("nd,nmd->nm", queries[rows], targets[pools[rows]])
+        ranks.append(1 + (others >= own[:, None] - 1e-6).sum(dim=1))
+    return torch.cat(ranks)
+
+
+def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor, bag_size: int = 10,
+              seed: int = 0) -> Measures:  # fmt: skip
+    """Does the caption find its picture, and the picture its caption? (N, D), (N, D).
+
+    Both ways among all N, the pool: recall at 1, 5 and 10, median and mean reciprocal rank. From
+    text to picture also in two smaller pools, in which numbers from data of other sizes compare:
+    bag_R@1, the picture and the bag_size - 1 most similar to it; rd100_R@1, the picture and 99
+    others drawn at random by `seed`."""
+    count = len(image_embeddings)
+    each = {}
+    overall = {"pool": count}
+    ways = {"text_to_image": retrieval_ranks(caption_embeddings, image_embeddings)}
+    ways["image_to_text"] = retrieval_ranks(image_embeddings, caption_embeddings)
+    for way, ranks in ways.items():
+        each |= {f"{way}_R@{k}": (ranks <= k).int().tolist() for k in (1, 5, 10)}
+        each[f"{way}_median_rank"] = ranks.tolist()
+        each[f"{way}_mrr"] = (1 / ranks.double()).tolist()
+        overall[f"{way}_median_rank"] = ranks.median().item()
+
+    size = min(bag_size, count) - 1
+    rows = torch.arange(count, device=image_embeddings.device)
+    bags = [nearest_images(image_embeddings, some, size) for some in rows.split(256)]
+    # A shuffled circle: the 99 that follow a picture in it are a fair draw of the others.
+    circle = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(rows.device)
+    following = (torch.arange(min(99, count - 1), device=rows.device) + 1 + rows[:, None]) % count
+    distractors = torch.empty_like(following)
+    distractors[circle] = circle[following]
+    for name, pools in [("bag_R@1", torch.cat(bags)), ("rd100_R@1", distractors)]:
+        ranks = pool_ranks(caption_embeddings, image_embeddings, pools)
+        each[name] = (ranks == 1).int().tolist()
+    return Measures(each, overall)
+
+
+def clip_scores(captions: Sequence[str], references: Sequence[Sequence[str]],
+                image_embeddings: Tensor, clip: CLIP) -> Measures:  # fmt: skip
+    """CLIPScore, 2.5 max(cos, 0) of the picture and "A photo depicts ...", and RefCLIPScore, its
+    harmonic mean with the nearest reference's max(cos, 0) (Hessel et al. 2021): (N, D)."""
+    embeddings = clip.embed_captions([f"A photo depicts {caption}" for caption in captions])
+    scores = 2.5 * similarity_reward(embeddings, image_embeddings).clamp(min=0)
+    texts = [f"A photo depicts {text}" for texts in references for text in texts]
+    counts = torch.tensor([len(texts) for texts in references], device=scores.device)
+    rows = torch.arange(len(captions), device=scores.device).repeat_interleave(counts)
+    cosines = similarity_reward(clip.embed_captions(texts), embeddings[rows])
+    nearest = torch.zeros_like(scores).scatter_reduce(0, rows, cosines, "amax")
+    harmonic = 2 * scores * nearest / (scores + nearest).clamp(min=1e-12)
+    return Measures({"clip_score": scores.tolist(), "ref_clip_score": harmonic.tolist()})
+
+
+# Of any machine's locale: METEOR fails where numbers have decimal commas.
+JAVA_OPTIONS = "-Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8"
+JAVA_METRICS = ("meteor", "spice")
+
+
+def check_java(metrics: Sequence[str], tokenizer: str) -> None:
+    """Raise UserError if these need Java and it does not run, or need what was never downloaded."""
+    needs = [f"--metrics {metric}" for metric in JAVA_METRICS if metric in metrics]
+    needs += ["--tokenizer ptb"] if tokenizer == "ptb" else []
+    if needs:
+        remedy = "; install it (openjdk.org), or leave that out"
+        with explain(f"{', '.join(needs)}: needs Java, which does not run here", remedy):
+            subprocess.run(["java", "-version"], check=True, capture_output=True, timeout=60)
+    if "spice" in metrics:
+        import pycocoevalcap.spice
+
+        folder = Path(pycocoevalcap.spice.__path__[0])
+        if not list(folder.glob("lib/stanford-corenlp-*-models.jar")):
+            remedy = "run python -m pycocoevalcap.spice.get_stanford_models first"
+            raise UserError(f"--metrics spice: its models, 384 MB, are not here; {remedy}")
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"--metrics spice: it writes into {folder}, which cannot be written")
+
+
+def ptb_words(texts: Sequence[str]) -> list[str]:
+    """Texts as pycocoevalcap's PTBTokenizer makes them, by its own Java program. The class itself
+    writes into the installed package, and scores a text with an odd line separator, and all texts
+    after it, against the wrong picture. Raises UserError if the program fails."""
+    from pycocoevalcap.tokenizer import ptbtokenizer as ptb
+
+    jar = Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)
+    command = ["java", *JAVA_OPTIONS.split(), "-cp", str(jar)]
+    command += ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    whole = [" ".join(text.encode("utf-8", "replace").decode().split()) for text in texts]
+    given = "".join(f"{text}\n" for text in whole).encode()
+    with explain("--tokenizer ptb: its Java program failed"):
+        done = subprocess.run(command, input=given, capture_output=True, check=True)
+        lines = done.stdout.decode().removesuffix("\n").split("\n")
+        if len(lines) != len(texts):
+            raise ValueError(f"{len(texts)} texts became {len(lines)}")
+    words = [[word for word in line.split() if word not in ptb.PUNCTUATIONS] for line in lines]
+    return [" ".join(each) for each in words]
+
+
+def meteor(human: dict, written: dict) -> tuple[float, list[float]]:
+    """METEOR by pycocoevalcap. Raises UserError if its Java program fails."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    options = os.environ.get("JAVA_TOOL_OPTIONS", "")
+    if JAVA_OPTIONS not in options:
+        os.environ["JAVA_TOOL_OPTIONS"] = f"{options} {JAVA_OPTIONS}".strip()
+    scorer = Meteor()
+    try:
+        with explain("--metrics meteor: its Java program failed"):
+            return scorer.compute_score(human, written)
+    finally:
+        scorer.lock = threading.Lock()  # an error leaves it locked, to be waited for at the end
+
+
+# Stands for the references of a picture none of which has a word: matches no caption.
+NO_WORDS = "\ue000"
+
+
+def reference_measures(captions: Sequence[str], references: Sequence[Sequence[str]],
+                       metrics: Sequence[str] = ("bleu", "rouge", "cider"),
+                       tokenizer: str = "regex") -> Measures:  # fmt: skip
+    """BLEU-1 to 4, ROUGE-L, CIDEr, METEOR and SPICE, those that are named, by pycocoevalcap.
+
+    Texts are split once for all: by `plain_words`, or as ptb by the Java program that most papers
+    use. References without a word do not count."""
+    from pycocoevalcap.eval import Bleu, Cider, Rouge, Spice
+
+    texts = [*captions, *(text for texts in references for text in texts)]
+    split_words = ptb_words if tokenizer == "ptb" else functools.partial(map, plain_words)
+    words = iter(split_words(texts))
+    written = {row: [next(words)] for row in range(len(captions))}
+    human = {row: [next(words) for _ in texts] for row, texts in enumerate(references)}
+    human = {row: list(filter(None, texts)) or [NO_WORDS] for row, texts in human.items()}
+
+    each, overall = {}, {}
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:  # METEOR is another process, and slow
+        waiting = beside.submit(meteor, human, written) if "meteor" in metrics else None
+        if "bleu" in metrics:
+            scores = Bleu(4).compute_score(human, written, verbose=0)
+            for n, (score, values) in enumerate(zip(*scores), 1):
+                overall[f"bleu_{n}"], each[f"bleu_{n}"] = float(score), values
+        for name, metric, scorer in [("rouge_l", "rouge", Rouge), ("cider", "cider", Cider)]:
+            if metric in metrics:
+                score, values = scorer().compute_score(human, written)
+                overall[name], each[name] = float(score), values.tolist()
+        if waiting:
+            overall["meteor"], each["meteor"] = waiting.result()
+    if "spice" in metrics:
+        with explain("--metrics spice: its Java program failed", "; it wants Java 8 to 15"):
+            score, values = Spice().compute_score(human, written)
+        overall["spice"], each["spice"] = float(score), [value["All"]["f"] for value in values]
+    return Measures(each, overall)
+
+
+def self_bleu(captions: Sequence[str]) -> list[float]:
+    """BLEU-4 of each caption with all the others as its references (Zhu et al. 2018), which is high
+    where captions are much alike. By pycocoevalcap's scorer; of each n-gram the two highest counts
+    tell how often some other caption has it, so that time grows with N, not with its square."""
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer, cook_test, precook
+
+    cooked = [precook(plain_words(caption)) for caption in captions]  # length, {n-gram: count}
+    highest: dict[tuple, tuple[int, int]] = {}
+    for _, counts in cooked:
+        for ngram, count in counts.items():
+            first, second = highest.get(ngram, (0, 0))
+            highest[ngram] = (max(first, count), max(second, min(first, count)))
+    lengths = collections.Counter(length for length, _ in cooked)
+
+    scorer = BleuScorer(n=4)
+    for caption, (length, counts) in zip(captions, cooked):
+        others = [each for each in lengths if lengths[each] > (each == length)]
+        elsewhere = {ngram: highest[ngram][highest[ngram][0] == count]
+                     for ngram, count in counts.items()}  # fmt: skip
+        scorer.crefs.append((others or [0], elsewhere))
+        scorer.ctest.append(cook_test(plain_words(caption), scorer.crefs[-1]))
+    return scorer.compute_score(option="closest")[1][3]
+
+
+def diversity(captions: Sequence[str]) -> Measures:
+    """How much captions differ, and how they are written: mean_length in words; self_bleu;
+    repetition, the share with a 3-gram that occurs twice; identical, the share that another picture
+    has too; distinct, different captions over captions; vocabulary, different words."""
+    words = [plain_words(caption).split() for caption in captions]
+    times = collections.Counter(captions)
+    each = {
+        "mean_length": [len(caption.split()) for caption in captions],
+        "self_bleu": self_bleu(captions),
+        "repetition": [int(len(set(zip(w, w[1:], w[2:]))) < len(w) - 2) for w in words],
+        "identical": [int(times[caption] > 1) for caption in captions],
+    }
+    distinct = len(times) / len(captions)
+    return Measures(each, {"distinct": distinct, "vocabulary": len(set().union(*words))})
+
+
+METRICS = ("bleu", "rouge", "cider", "meteor", "spice", "clipscore", "retrieval", "diversity")
+CLIP_METRICS = ("clipscore", "retrieval")
+REFERENCE_METRICS = METRICS[:5]
+
+
+def measure(captions: Sequence[str], examples: Sequence[Example],
+            clips: dict[str, tuple[CLIP, Tensor]], config: EvalConfig) -> Measures:  # fmt: skip
+    """The measures that --metrics names of captions[n] for examples[n], and those of the toy world
+    for its pictures. `clips`: by name, a CLIP and its embeddings of the images (N, D); the measures
+    of several are apart, under their names."""
+    references = [example.references for example in examples]
+    measures = Measures({})
+    for name, (clip, image_embeddings) in clips.items():
+        heading = name if len(clips) > 1 else ""
+        seen = Measures({})
+        if "retrieval" in config.metrics:
+            embeddings = clip.embed_captions(captions)
+            seen.add(retrieval(embeddings, image_embeddings, config.bag_size, config.seed))
+        if "clipscore" in config.metrics:
+            seen.add(clip_scores(captions, references, image_embeddings, clip))
+        measures.add(seen, heading)
+    if set(REFERENCE_METRICS) & set(config.metrics):
+        measures.add(reference_measures(captions, references, config.metrics, config.tokenizer))
+    if "diversity" in config.metrics:
+        measures.add(diversity(captions))
+    scenes = [example.scene for example in examples]
+    if all(scenes):
+        measures.add(toy_measures(captions, scenes))
     return measures
 
 
-def ngram_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """BLEU-4, ROUGE-L and CIDEr by pycocoevalcap, on `plain_words`."""
-    from pycocoevalcap.eval import Bleu, Cider, Rouge
-
-    written = {row: [plain_words(caption)] for row, caption in enumerate(captions)}
-    human = {row: list(map(plain_words, texts)) for row, texts in enumerate(references)}
-    any_words = any(any(texts) for texts in human.values())  # without, CIDEr is an error
-    return {
-        "bleu_4": float(Bleu(4).compute_score(human, written, verbose=0)[0][3]),
-        "rouge_l": float(Rouge().compute_score(human, written)[0]),
-        "cider": float(Cider().compute_score(human, written)[0]) if any_words else 0.0,
-    }
-
-
 def evaluate(captions: Sequence[str], examples: Sequence[Example], image_embeddings: Tensor,
-             clip: CLIP) -> dict[str, float]:  # fmt: skip
-    """All the measures of captions[n] for examples[n], whose image's embedding is row n: (N, D)."""
-    measures = retrieval(clip.embed_captions(captions), image_embeddings)
-    measures |= ngram_metrics(captions, [example.references for example in examples])
-    measures["mean_length"] = statistics.fmean(len(caption.split()) for caption in captions)
-    measures["distinct"] = len(set(captions)) / len(captions)
-    scenes = [example.scene for example in examples]
-    return measures | (toy_measures(captions, scenes) if all(scenes) else {})
+             clip: CLIP) -> Measures:  # fmt: skip
+    """What `eval` measures by default, of captions[n] for examples[n], whose image's embedding is
+    row n: (N, D)."""
+    return measure(captions, examples, {"": (clip, image_embeddings)}, EvalConfig())
 
 
-def table(columns: dict[str, dict[str, float]]) -> str:
+def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
+    """A caption for each example from a file: COCO results (image_id and caption), what
+    `read_data` reads, or a folder of .txt files. Raises UserError unless there is exactly one for
+    each: a caption beside the wrong picture would show in no number."""
+    if path.is_dir():
+        rows = [Row(file.name, read_text(file).strip().split("\n"), {})
+                for file in sorted(path.glob("*.txt"))]  # fmt: skip
+    elif path.is_file() and read_text(path).lstrip().startswith("["):
+        rows = []
+        for number, row in enumerate(parse_json(str(path), read_text(path))):
+            if not isinstance(row, dict) or type(row.get("image_id")) not in (int, str):
+                raise UserError(f"{path}: [{number}]: needs an image_id and a caption")
+            fields = {"file_name": str(row["image_id"]), "caption": row.get("caption")}
+            rows.append(make_row(f"{path}: [{number}]", fields))
+    else:
+        rows = list(read_data(path))
+    for row in rows:
+        if len(row.captions) != 1:
+            raise UserError(f"{path}: {row.name}: {len(row.captions)} captions; eval takes one")
+    return pair_captions(path, rows, examples)
+
+
+def pair_captions(path: Path, rows: Sequence[Row], examples: Sequence[Example]) -> list[str]:
+    """The captions of the rows in the order of the examples: by the first kind of name under which
+    all find each other. Kinds are never mixed, since one picture's id may be another's name. Raises
+    UserError with what is left over, by the kind that leaves least."""
+    kinds = [(lambda example: example.image_id, str)]  # the name of an example, of a row
+    kinds += [(lambda example: example.image.name, os.path.basename)]
+    kinds += [(lambda example: example.image.stem, lambda name: Path(name).stem)]
+    faults = []
+    for name_of_example, name_of_row in kinds:
+        wanted = [name_of_example(example) for example in examples]
+        given = [name_of_row(row.name) for row in rows]
+        caption_of = dict(zip(given, [row.captions[0] for row in rows]))
+        twice = [n for n, k in collections.Counter(given).items() if k > 1]
+        twice += [n for n, k in collections.Counter(wanted).items() if k > 1]
+        lacking = [name for name in wanted if name not in caption_of]
+        spare = sorted(caption_of.keys() - set(wanted))
+        if not (lacking or spare or twice):
+            return [caption_of[name] for name in wanted]
+        found = {"without a caption": lacking, "not in the data": spare, "there twice": twice}
+        texts = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
+                 for what, names in found.items() if names]  # fmt: skip
+        faults.append((len(lacking + spare + twice), "; ".join(texts)))
+    raise UserError(f"{path}: does not match the pictures: {min(faults)[1]}")
+
+
+SHARES = ("R@1", "R@5", "R@10", "well_formed", "faithful", "distinct", "repetition", "identical")
+LOWER = ("rank", "self_bleu", "repetition", "identical")  # are better
+NEITHER = ("pool", "vocabulary", "mean_length")
+
+
+def flat(measures: dict) -> dict[str, float]:
+    """Measures with those of several CLIPs in one row: NAME measure."""
+    found = {}
+    for name, value in measures.items():
+        nested = flat(value) if isinstance(value, dict) else {}
+        found |= {f"{name} {inner}": each for inner, each in nested.items()} or {name: value}
+    return found
+
+
+def shown(name: str, value: float) -> str:
+    """A measure for people: shares in percent, counts and ranks without needless decimals."""
+    if name.endswith(SHARES):
+        return f"{value:.1%}"
+    if name.endswith(("rank", "pool", "vocabulary")):
+        return f"{value:,.1f}".removesuffix(".0")
+    return f"{value:.3f}"
+
+
+def table(columns: dict[str, dict]) -> str:
     """Measures as lines of text, with a column for each mapping; shares are in percent."""
-    shares = ("well_formed", "faithful", "distinct")
-    lines = [" " * 26 + "".join(f" {heading:>10}" for heading in columns)]
-    for name in next(iter(columns.values())):
-        form = "10,.0f" if "rank" in name else "10.3f"
-        if "R@" in name or name in shares:
-            form = "10.1%"
-        cells = [f" {measures[name]:{form}}" for measures in columns.values()]
-        lines.append(f"{name:26}" + "".join(cells))
+    rows = {heading: flat(measures) for heading, measures in columns.items()}
+    names = list(next(iter(rows.values())))
+    width = max(26, *map(len, names))
+    lines = [" " * width + "".join(f" {heading:>10}" for heading in rows)]
+    for name in names:
+        cells = [f" {shown(name, measures[name]):>10}" for measures in rows.values()]
+        lines.append(f"{name:{width}}" + "".join(cells))
     return "\n".join(lines)
+
+
+# What the results of one table have in common, and what the reader is told where they do not.
+SAME = {"digest": "data", "split": "split", "pictures": "pictures", "tokenizer": "tokenizer",
+        "clip": "clip", "bag_size": "bag_size"}  # fmt: skip
+
+
+def read_results(paths: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+    """By name, the measures of results that `eval --out` wrote. Raises UserError for a file that is
+    something else, and for results of different data."""
+    groups: dict[str, list[dict[str, float]]] = {}
+    results = [parse_json(path, read_text(Path(path))) for path in paths]
+    for path, result in zip(paths, results):
+        with explain(f"{path}: no results of eval --out"):
+            groups.setdefault(str(result["name"]), []).append(flat(result["measures"]))
+            differ = [f"{what} {results[0][what]} and {result[what]}"
+                      for key, what in SAME.items() if results[0][key] != result[key]]  # fmt: skip
+        if differ:
+            raise UserError(f"{paths[0]}, {path}: not to be compared: {'; '.join(differ)}")
+    return groups
+
+
+def results_table(paths: Sequence[str], form: str) -> str:
+    """Results of `eval --out` as a table in Markdown or LaTeX: a row for each name, the mean ± the
+    standard deviation of its files, the best of each measure in bold."""
+    groups = read_results(paths)
+    common = set.intersection(*(set(each) for group in groups.values() for each in group))
+    names = [name for name in next(iter(groups.values()))[0] if name in common]
+    rows = [[heading] for heading in groups]
+    for name in names:
+        columns = [[each[name] for each in group] for group in groups.values()]
+        means = [statistics.fmean(values) for values in columns]
+        best = (min if name.endswith(LOWER) else max)(means)
+        rivals = len(rows) > 1 and not name.endswith(NEITHER)
+        for row, mean, values in zip(rows, means, columns):
+            spread = f" ± {shown(name, statistics.stdev(values))}" if len(values) > 1 else ""
+            bold = "**" * (rivals and shown(name, mean) == shown(name, best))
+            row.append(f"{bold}{shown(name, mean)}{spread}{bold}")
+    if form == "markdown":
+        rows = [["", *names], ["---"] * (len(names) + 1), *rows]
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    text = " \\\\\n".join(" & ".join(row) for row in [["", *names], *rows])
+    text = re.sub(r"[_%#$]", r"\\\g<0>", text).replace("±", r"$\pm$")
+    text = re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", text)
+    return f"\\begin{{tabular}}{{l{'r' * len(names)}}}\n{text} \\\\\n\\end{{tabular}}"
 
 
 # ---- 11  Toy world: pictures of two shapes, whose truth is known ---------------------------------
@@ -2348,7 +2679,7 @@ def toy_world(seed: int, train_size: int, test_size: int) -> tuple[list[Example]
     return examples[:train_size], examples[train_size:]
 
 
-def toy_measures(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:
+def toy_measures(captions: Sequence[str], scenes: Sequence[Scene]) -> Measures:
     """What only a known world can tell, exactly. well_formed: the caption is a sentence of the
     world. faithful: it is true of its scene. oracle_R@1: how often an ideal reader would pick the
     right scene: 1 / number of scenes that it is true of, or 0 if it is not true of its own."""
@@ -2357,8 +2688,7 @@ def toy_measures(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[str, 
     matches = {each: sum(is_true(each, scene) for scene in scenes) for each in set(said)}
     found = [true / max(matches[each], 1) for true, each in zip(faithful, said)]
     well_formed = [each is not None for each in said]
-    measures = {"well_formed": well_formed, "faithful": faithful, "oracle_R@1": found}
-    return {name: statistics.fmean(values) for name, values in measures.items()}
+    return Measures({"well_formed": well_formed, "faithful": faithful, "oracle_R@1": found})
 
 
 def toy_tokenizer():
@@ -2519,10 +2849,34 @@ class CaptionConfig(Decoding):
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Decoding):
-    """Caption a data set, and measure the captions."""
-    data: str = flag("", "folder with metadata.jsonl", nargs=None)
-    out: str | None = flag(None, "write the measures to this JSON file")
+    """Measure captions: of a captioner, or of a file. Or set results in a table."""
+    data: str | None = flag(None, "a data set, as for train", nargs="?")
+    images: str | None = flag(None, "folder of its pictures, if they are not beside it")
+    split: str | None = flag(None, "only this split of it, or the pictures that this file lists")
+    captions: str | None = flag(None, "measure these, not a captioner's: COCO results, .jsonl, "
+                                ".csv, or a folder of .txt files")
+    metrics: Sequence[str] = flag(
+        ("bleu", "rouge", "cider", "retrieval", "diversity"), f"what to measure; of "
+        f"{' '.join(METRICS)}", METRICS, nargs="+", action="extend", metavar="METRIC")
+    tokenizer: str = flag("regex", "what splits words for n-grams; ptb, as in most papers, needs "
+                          "Java", ("regex", "ptb"))
+    clip: Sequence[str] | None = flag(
+        None, "one or more CLIPs that measure: an open_clip NAME/TAG, hf-hub:NAME, folder or run "
+        "folder; otherwise that of the captioner's run, or ViT-B-32/openai", nargs="+",
+        action="extend")
+    bag_size: int = flag(10, "pictures in a bag of similar ones, for bag_R@1", number(2))
+    min_length: int = flag(0, "fewest tokens in a caption", number(0))
+    name: str | None = flag(None, "what to call it in tables, the same for all its seeds; "
+                            "otherwise the captioner or the captions")
+    out: str | None = flag(None, "write the measures to this .json file, those of each picture to "
+                           ".each.jsonl beside it, and the captions to .captions.json")
+    table: Sequence[str] | None = flag(None, "results that --out wrote, to be set in a table",
+                                       nargs="+", action="extend", metavar="RESULTS.json")
+    format: str = flag("markdown", "of --table", ("markdown", "latex"))
 
+
+# Whose versions stand in results.
+PACKAGES = ("torch", "transformers", "open_clip_torch", "pycocoevalcap")
 
 # What the toy world changes; everything else is as for photographs.
 TOY = dict(captioner=None, similarity_weight=0.99, ground_truth_weight=2.0, tf_steps=600,
@@ -2843,9 +3197,8 @@ def finish(
     COCO's form; and print the table with a few captions."""
     partial = out / "captioner.partial"
     captioner.save(partial)
-    packages = ("torch", "transformers", "open_clip_torch", "pycocoevalcap")
     about = dict(split="test", images=len(test), seed=config.seed, beams=config.beams)
-    about |= dict(max_length=config.max_length, versions={name: version(name) for name in packages})
+    about |= dict(max_length=config.max_length, versions={name: version(name) for name in PACKAGES})
     write_text(partial / "README.md", model_card(results["after"], about, config))
     shutil.rmtree(out / "captioner", ignore_errors=True)
     partial.replace(out / "captioner")
@@ -2930,9 +3283,10 @@ def rerank(captions: Sequence[str], clip: CLIP, image_embeddings: Tensor) -> lis
     return [captions[place] for place in best.tolist()]
 
 
-def caption_all(captioner: Captioner, images: Sequence, config: Decoding) -> list[str]:
+def caption_all(captioner: Captioner, images: Sequence, config: Decoding, **limits) -> list[str]:
     """One caption of each picture, by search. Raises UserError for one that cannot be read."""
-    search = functools.partial(captioner.search, max_length=config.max_length, beams=config.beams)
+    options = dict(max_length=config.max_length, beams=config.beams) | limits
+    search = functools.partial(captioner.search, **options)
     captions = []
     for written in write_captions(captioner, images, config, search):
         if written.failure:
@@ -3007,15 +3361,70 @@ def write_paths(paths: Sequence[Path], config: CaptionConfig) -> Iterator[Writte
 
 
 def evaluate_command(config: EvalConfig) -> None:
-    """`distcap eval`: see EvalConfig."""
-    examples = read_examples(config.data)
-    captioner, clip = load_models(config)
+    """`distcap eval`: see EvalConfig. What can fail is tried before anything slow begins."""
+    if config.table:
+        print(results_table(config.table, config.format))
+        return
+    check_java(config.metrics, config.tokenizer)
+    looks = bool(set(CLIP_METRICS) & set(config.metrics))
+    need_pictures = looks or not config.captions
+    skipped: list[Skipped] = []
+    examples = read_examples(config.data, config.images, config.split, need_pictures, skipped)
+    for name, reason in skipped:
+        print(f"distcap: {name}: left out: {reason}", file=sys.stderr)
+    if config.captions:
+        captions = read_captions(Path(config.captions), examples)
+    else:
+        captioner, _ = load_models(config, with_clip=False)
+    names = (config.clip or [clip_name(config)]) if looks else []
+    clips = {name: CLIP.load(name, config.device) for name in names}
+
     images = [example.image for example in examples]
-    captions = caption_all(captioner, images, config)
-    measures = evaluate(captions, examples, clip.embed_images(images, config.workers), clip)
-    print(table({Path(config.data).resolve().name: measures}))
+    if not config.captions:
+        limits = dict(min_new_tokens=min(config.min_length, config.max_length))
+        captions = caption_all(captioner, images, config, **limits)
     if config.out:
-        write_text(Path(config.out), json.dumps(measures, indent=2) + "\n")
+        ids = [each.image_id for each in examples]
+        # Those of COCO are numbers.
+        ids = [int(each) if re.fullmatch("0|[1-9][0-9]*", each) else each for each in ids]
+        rows = [{"image_id": each, "caption": text} for each, text in zip(ids, captions)]
+        write_text(beside(config.out, ".captions.json"), json.dumps(rows))
+    seen = {name: (clip, clip.embed_images(images, config.workers)) for name, clip in clips.items()}
+    measures = measure(captions, examples, seen, config)
+    print(table({Path(config.data).resolve().name: measures}))
+    if len(examples) < 50 and "cider" in config.metrics:
+        few = f"only {len(examples)} pictures: CIDEr weighs words by how rare they are among them"
+        print(f"distcap: {few}, and means little below 50", file=sys.stderr)
+    if config.out:
+        write_results(config, names, examples, captions, measures)
+
+
+def beside(out: str, ending: str) -> Path:
+    """The path of a file that goes with the results x.json."""
+    return Path(out.removesuffix(".json") + ending)
+
+
+def write_results(config: EvalConfig, clips: Sequence[str], examples: Sequence[Example],
+                  captions: Sequence[str], measures: Measures) -> None:  # fmt: skip
+    """Write x.each.jsonl, a line for each picture, and x.json: the measures, and of what."""
+    folder = Path(config.out).parent
+    rows = {}
+    for n, (example, caption) in enumerate(zip(examples, captions)):
+        own = {name: values[n] for name, values in flat(measures.each).items()}
+        rows[os.path.relpath(example.image, folder)] = {"caption": caption} | own
+    write_rows(beside(config.out, ".each.jsonl"), rows)
+    digest = hashlib.sha256(json.dumps([(e.image_id, e.references) for e in examples]).encode())
+    source = config.captions or config.captioner
+    about = dict(name=config.name or source, data=config.data, digest=digest.hexdigest()[:16])
+    about |= dict(split=config.split, pictures=len(examples), clip=list(clips))
+    settings = ["bag_size", "tokenizer", "seed"]
+    if config.captions:
+        settings += ["captions"]
+    else:
+        settings += ["captioner", "prompt", "beams", "min_length", "max_length", "precision"]
+    about |= {name: getattr(config, name) for name in settings}
+    about["versions"] = {name: version(name) for name in PACKAGES}
+    write_text(Path(config.out), json.dumps(about | {"measures": measures}, indent=2) + "\n")
 
 
 def ignored_flags(config: Decoding) -> dict[str, str]:
@@ -3029,6 +3438,23 @@ def ignored_flags(config: Decoding) -> dict[str, str]:
             ignored["clip"] = "rerank"
         if not config.out:
             ignored["overwrite"] = "out"
+    elif isinstance(config, EvalConfig):
+        if config.captions:
+            decoding = ["captioner", "prompt", "beams", "min_length", "max_length", "precision"]
+            ignored = dict.fromkeys([*decoding, "batch_size"], "captions")
+        if not set(CLIP_METRICS) & set(config.metrics):
+            ignored["clip"] = "metrics"
+        if "retrieval" not in config.metrics:
+            ignored["bag_size"] = "metrics"
+        if not set(REFERENCE_METRICS) & set(config.metrics):
+            ignored["tokenizer"] = "metrics"
+        if not config.out:
+            ignored["name"] = "out"
+        if config.table:
+            fields = {field.name for field in dataclasses.fields(config)}
+            ignored |= dict.fromkeys(fields - {"table", "format"}, "table")
+        else:
+            ignored["format"] = "table"
     elif isinstance(config, TrainConfig):
         ignored = ignored_settings(config)
         if config.regularizer not in ("discriminator", "grammar"):
@@ -3057,6 +3483,7 @@ def check(config: Decoding, given: set[str]) -> None:
     for name, reason in ignored_flags(config).items():
         if name in given:
             value = getattr(config, reason)
+            value = " ".join(value) if isinstance(value, list | tuple) else value
             setting = f"with --{reason.replace('_', '-')} {value}"
             if value is None or isinstance(value, bool):
                 setting = f"{'with' if value else 'without'} --{reason.replace('_', '-')}"
@@ -3079,7 +3506,16 @@ def check(config: Decoding, given: set[str]) -> None:
         if config.data == "toy" and config.clip and not config.captioner:
             own = "the toy world trains its own, unless --captioner is given too"
             raise UserError(f"--clip {config.clip}: {own}")
+    elif isinstance(config, EvalConfig) and not config.table and not config.data:
+        raise UserError("eval: which DATA? give a data set, or results with --table")
     elif config.out:
+        if isinstance(config, EvalConfig):
+            outs = [beside(config.out, end) for end in (".json", ".each.jsonl", ".captions.json")]
+            if not config.out.endswith(".json"):
+                raise UserError(f"--out {config.out}: must be a .json file")
+            for given in filter(None, (config.data, config.captions)):
+                if Path(given).resolve() in [path.resolve() for path in outs]:
+                    raise UserError(f"--out {config.out}: would write over {given}")
         if isinstance(config, CaptionConfig) and not config.out.endswith(".jsonl"):
             raise UserError(f"--out {config.out}: must be a .jsonl file")
         if not Path(config.out).parent.is_dir():
@@ -3121,14 +3557,16 @@ def add_flag(group, field: dataclasses.Field) -> None:
     """A flag for one setting, or a positional argument where it has `nargs`. What is not given is
     None, to be told from what is; the help names the default."""
     options = dict(field.metadata)
-    if "nargs" in options:
+    if "nargs" in options and "action" not in options:
         group.add_argument(field.name, metavar=field.name.upper(), **options)
         return
     if field.default is not None:
-        options["help"] += f" (default: {field.default})"
+        default = field.default
+        default = " ".join(default) if isinstance(default, tuple) else default
+        options["help"] += f" (default: {default})"
     if isinstance(field.default, bool):
         options = dict(help=options["help"], action=argparse.BooleanOptionalAction)
-    elif "choices" not in options:
+    elif "choices" not in options and "metavar" not in options:
         options["metavar"] = {"int": "N", "float": "X"}.get(options["type"].__name__, "TEXT")
     group.add_argument("--" + field.name.replace("_", "-"), **options)
 
