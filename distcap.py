@@ -2179,12 +2179,13 @@ def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 256) -> Tenso
     are not finite, which would rank first."""
     if not (queries.isfinite().all() and targets.isfinite().all()):
         raise UserError("CLIP's embeddings are not finite and cannot be ranked; try another --clip")
-    ranks = []
+    # One tensor, made first: small ones between the large that come and go would hold up memory.
+    ranks = torch.empty(len(queries), dtype=torch.long, device=queries.device)
     for rows in torch.arange(len(queries), device=queries.device).split(chunk):
         similarity = queries[rows] @ targets.T  # (chunk, N)
         own = similarity.gather(1, rows[:, None])
-        ranks.append((similarity >= own - 1e-6).sum(dim=1))  # counts the target itself
-    return torch.cat(ranks)
+        ranks[rows] = (similarity >= own - 1e-6).sum(dim=1)  # counts the target itself
+    return ranks
 
 
 class Measures(dict):
@@ -2205,12 +2206,12 @@ class Measures(dict):
 def pool_ranks(queries: Tensor, targets: Tensor, pools: Tensor, chunk: int = 256) -> Tensor:
     """Rank, from 1, of target n for query n against the targets of its own pool alone, which are
     pools[n]: (N, D), (N, D), (N, M) -> (N,). Ties are lost."""
-    ranks = []
+    ranks = torch.empty(len(queries), dtype=torch.long, device=queries.device)
     for rows in torch.arange(len(queries), device=queries.device).split(chunk):
         own = (queries[rows] * targets[rows]).sum(dim=1)
         others = torch.einsum("nd,nmd->nm", queries[rows], targets[pools[rows]])
-        ranks.append(1 + (others >= own[:, None] - 1e-6).sum(dim=1))
-    return torch.cat(ranks)
+        ranks[rows] = 1 + (others >= own[:, None] - 1e-6).sum(dim=1)
+    return ranks
 
 
 def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor, bag_size: int = 10,
@@ -2232,15 +2233,16 @@ def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor, bag_size: in
         each[f"{way}_mrr"] = (1 / ranks.double()).tolist()
         overall[f"{way}_median_rank"] = ranks.median().item()
 
-    size = min(bag_size, count) - 1
     rows = torch.arange(count, device=image_embeddings.device)
-    bags = [nearest_images(image_embeddings, some, size) for some in rows.split(256)]
+    bags = torch.empty(count, min(bag_size, count) - 1, dtype=torch.long, device=rows.device)
+    for some in rows.split(256):
+        bags[some] = nearest_images(image_embeddings, some, bags.shape[1])
     # A shuffled circle: the 99 that follow a picture in it are a fair draw of the others.
     circle = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(rows.device)
     following = (torch.arange(min(99, count - 1), device=rows.device) + 1 + rows[:, None]) % count
     distractors = torch.empty_like(following)
     distractors[circle] = circle[following]
-    for name, pools in [("bag_R@1", torch.cat(bags)), ("rd100_R@1", distractors)]:
+    for name, pools in [("bag_R@1", bags), ("rd100_R@1", distractors)]:
         ranks = pool_ranks(caption_embeddings, image_embeddings, pools)
         each[name] = (ranks == 1).int().tolist()
     return Measures(each, overall)
@@ -2366,7 +2368,8 @@ def self_bleu(captions: Sequence[str]) -> list[float]:
     tell how often some other caption has it, so that time grows with N, not with its square."""
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer, cook_test, precook
 
-    cooked = [precook(plain_words(caption)) for caption in captions]  # length, {n-gram: count}
+    texts = [plain_words(caption) for caption in captions]
+    cooked = [precook(text) for text in texts]  # of each its length and {n-gram: count}
     highest: dict[tuple, tuple[int, int]] = {}
     for _, counts in cooked:
         for ngram, count in counts.items():
@@ -2375,12 +2378,12 @@ def self_bleu(captions: Sequence[str]) -> list[float]:
     lengths = collections.Counter(length for length, _ in cooked)
 
     scorer = BleuScorer(n=4)
-    for caption, (length, counts) in zip(captions, cooked):
+    for text, (length, counts) in zip(texts, cooked):
         others = [each for each in lengths if lengths[each] > (each == length)]
         elsewhere = {ngram: highest[ngram][highest[ngram][0] == count]
                      for ngram, count in counts.items()}  # fmt: skip
         scorer.crefs.append((others or [0], elsewhere))
-        scorer.ctest.append(cook_test(plain_words(caption), scorer.crefs[-1]))
+        scorer.ctest.append(cook_test(text, scorer.crefs[-1]))
     return scorer.compute_score(option="closest")[1][3]
 
 
