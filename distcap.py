@@ -2173,17 +2173,22 @@ def reinforce_in_parts(learner: Learner, count: int, batch: Batch) -> tuple[Iter
 
 
 # ---- 10  Evaluation ------------------------------------------------------------------------------
-def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
+def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 256,
+                    pools: Tensor | None = None) -> Tensor:  # fmt: skip
     """Rank, from 1, of target n for query n: (N, D), (N, D) -> (N,). Never makes (N, N) of it. Ties
-    are lost: who says one thing of every picture finds none. Raises UserError for embeddings that
-    are not finite, which would rank first."""
+    are lost: who says one thing of every picture finds none. With `pools` (N, M), among the targets
+    pools[n] alone, n one of them. Raises UserError for embeddings that are not finite, which would
+    rank first."""
     if not (queries.isfinite().all() and targets.isfinite().all()):
         raise UserError("CLIP's embeddings are not finite and cannot be ranked; try another --clip")
     # One tensor, made first: small ones between the large that come and go would hold up memory.
     ranks = torch.empty(len(queries), dtype=torch.long, device=queries.device)
     for rows in torch.arange(len(queries), device=queries.device).split(chunk):
-        similarity = queries[rows] @ targets.T  # (chunk, N)
-        own = similarity.gather(1, rows[:, None])
+        own = (queries[rows] * targets[rows]).sum(dim=1, keepdim=True)
+        if pools is None:
+            similarity = queries[rows] @ targets.T  # (chunk, N)
+        else:
+            similarity = torch.einsum("nd,nmd->nm", queries[rows], targets[pools[rows]])
         ranks[rows] = (similarity >= own - 1e-6).sum(dim=1)  # counts the target itself
     return ranks
 
@@ -2201,17 +2206,6 @@ class Measures(dict):
         """Take over other measures, under a heading if there is one."""
         self.update({heading: other} if heading else other)
         self.each.update({heading: other.each} if heading else other.each)
-
-
-def pool_ranks(queries: Tensor, targets: Tensor, pools: Tensor, chunk: int = 256) -> Tensor:
-    """Rank, from 1, of target n for query n against the targets of its own pool alone, which are
-    pools[n]: (N, D), (N, D), (N, M) -> (N,). Ties are lost."""
-    ranks = torch.empty(len(queries), dtype=torch.long, device=queries.device)
-    for rows in torch.arange(len(queries), device=queries.device).split(chunk):
-        own = (queries[rows] * targets[rows]).sum(dim=1)
-        others = torch.einsum("nd,nmd->nm", queries[rows], targets[pools[rows]])
-        ranks[rows] = 1 + (others >= own[:, None] - 1e-6).sum(dim=1)
-    return ranks
 
 
 def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor, bag_size: int = 10,
@@ -2233,17 +2227,17 @@ def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor, bag_size: in
         each[f"{way}_mrr"] = (1 / ranks.double()).tolist()
         overall[f"{way}_median_rank"] = ranks.median().item()
 
+    # The smaller pools, the picture itself first. In a shuffled circle, those that follow a picture
+    # are a fair draw of the others.
     rows = torch.arange(count, device=image_embeddings.device)
-    bags = torch.empty(count, min(bag_size, count) - 1, dtype=torch.long, device=rows.device)
+    bags = rows[:, None].repeat(1, min(bag_size, count))
     for some in rows.split(256):
-        bags[some] = nearest_images(image_embeddings, some, bags.shape[1])
-    # A shuffled circle: the 99 that follow a picture in it are a fair draw of the others.
+        bags[some, 1:] = nearest_images(image_embeddings, some, bags.shape[1] - 1)
     circle = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(rows.device)
-    following = (torch.arange(min(99, count - 1), device=rows.device) + 1 + rows[:, None]) % count
-    distractors = torch.empty_like(following)
-    distractors[circle] = circle[following]
+    distractors = torch.empty_like(rows[:, None].repeat(1, min(100, count)))
+    distractors[circle] = circle[(rows[:, None] + rows[: distractors.shape[1]]) % count]
     for name, pools in [("bag_R@1", bags), ("rd100_R@1", distractors)]:
-        ranks = pool_ranks(caption_embeddings, image_embeddings, pools)
+        ranks = retrieval_ranks(caption_embeddings, image_embeddings, pools=pools)
         each[name] = (ranks == 1).int().tolist()
     return Measures(each, overall)
 
@@ -2265,26 +2259,22 @@ def clip_scores(captions: Sequence[str], references: Sequence[Sequence[str]],
 
 # Of any machine's locale: METEOR fails where numbers have decimal commas.
 JAVA_OPTIONS = "-Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8"
-JAVA_METRICS = ("meteor", "spice")
 
 
 def check_java(metrics: Sequence[str], tokenizer: str) -> None:
     """Raise UserError if these need Java and it does not run, or need what was never downloaded."""
-    needs = [f"--metrics {metric}" for metric in JAVA_METRICS if metric in metrics]
+    needs = [f"--metrics {metric}" for metric in ("meteor", "spice") if metric in metrics]
     needs += ["--tokenizer ptb"] if tokenizer == "ptb" else []
     if needs:
-        remedy = "; install it (openjdk.org), or leave that out"
-        with explain(f"{', '.join(needs)}: needs Java, which does not run here", remedy):
+        what = f"{', '.join(needs)}: needs Java, which does not run here"
+        with explain(what, "; install it (openjdk.org), or leave that out"):
             subprocess.run(["java", "-version"], check=True, capture_output=True, timeout=60)
     if "spice" in metrics:
-        import pycocoevalcap.spice
+        from pycocoevalcap.spice import spice
 
-        folder = Path(pycocoevalcap.spice.__path__[0])
-        if not list(folder.glob("lib/stanford-corenlp-*-models.jar")):
+        if not list(Path(spice.__file__).parent.glob("lib/stanford-corenlp-*-models.jar")):
             remedy = "run python -m pycocoevalcap.spice.get_stanford_models first"
             raise UserError(f"--metrics spice: its models, 384 MB, are not here; {remedy}")
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"--metrics spice: it writes into {folder}, which cannot be written")
 
 
 def ptb_words(texts: Sequence[str]) -> list[str]:
@@ -2322,10 +2312,6 @@ def meteor(human: dict, written: dict) -> tuple[float, list[float]]:
         scorer.lock = threading.Lock()  # an error leaves it locked, to be waited for at the end
 
 
-# Stands for the references of a picture none of which has a word: matches no caption.
-NO_WORDS = "\ue000"
-
-
 def reference_measures(captions: Sequence[str], references: Sequence[Sequence[str]],
                        metrics: Sequence[str] = ("bleu", "rouge", "cider"),
                        tokenizer: str = "regex") -> Measures:  # fmt: skip
@@ -2340,7 +2326,8 @@ def reference_measures(captions: Sequence[str], references: Sequence[Sequence[st
     words = iter(split_words(texts))
     written = {row: [next(words)] for row in range(len(captions))}
     human = {row: [next(words) for _ in texts] for row, texts in enumerate(references)}
-    human = {row: list(filter(None, texts)) or [NO_WORDS] for row, texts in human.items()}
+    # U+E000, which is in no caption, stands for references none of which has a word.
+    human = {row: list(filter(None, texts)) or ["\ue000"] for row, texts in human.items()}
 
     each, overall = {}, {}
     with concurrent.futures.ThreadPoolExecutor(1) as beside:  # METEOR is another process, and slow
@@ -2485,7 +2472,8 @@ def pair_captions(path: Path, rows: Sequence[Row], examples: Sequence[Example]) 
         texts = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
                  for what, names in found.items() if names]  # fmt: skip
         faults.append((len(lacking + spare + twice), "; ".join(texts)))
-    raise UserError(f"{path}: does not match the pictures: {min(faults)[1]}")
+    _, least = min(faults, key=lambda fault: fault[0])
+    raise UserError(f"{path}: does not match the pictures: {least}")
 
 
 SHARES = ("R@1", "R@5", "R@10", "well_formed", "faithful", "distinct", "repetition", "identical")
@@ -2878,7 +2866,8 @@ class EvalConfig(Decoding):
     format: str = flag("markdown", "of --table", ("markdown", "latex"))
 
 
-# Whose versions stand in results.
+# What stands in results beside the measures: how captions were written, and whose versions.
+DECODING = ["captioner", "prompt", "beams", "min_length", "max_length", "precision"]
 PACKAGES = ("torch", "transformers", "open_clip_torch", "pycocoevalcap")
 
 # What the toy world changes; everything else is as for photographs.
@@ -3391,7 +3380,7 @@ def evaluate_command(config: EvalConfig) -> None:
         # Those of COCO are numbers.
         ids = [int(each) if re.fullmatch("0|[1-9][0-9]*", each) else each for each in ids]
         rows = [{"image_id": each, "caption": text} for each, text in zip(ids, captions)]
-        write_text(beside(config.out, ".captions.json"), json.dumps(rows))
+        write_text(Path(config.out).with_suffix(".captions.json"), json.dumps(rows))
     seen = {name: (clip, clip.embed_images(images, config.workers)) for name, clip in clips.items()}
     measures = measure(captions, examples, seen, config)
     print(table({Path(config.data).resolve().name: measures}))
@@ -3402,32 +3391,26 @@ def evaluate_command(config: EvalConfig) -> None:
         write_results(config, names, examples, captions, measures)
 
 
-def beside(out: str, ending: str) -> Path:
-    """The path of a file that goes with the results x.json."""
-    return Path(out.removesuffix(".json") + ending)
-
-
 def write_results(config: EvalConfig, clips: Sequence[str], examples: Sequence[Example],
                   captions: Sequence[str], measures: Measures) -> None:  # fmt: skip
     """Write x.each.jsonl, a line for each picture, and x.json: the measures, and of what."""
-    folder = Path(config.out).parent
+    out = Path(config.out)
+    each = flat(measures.each)
     rows = {}
     for n, (example, caption) in enumerate(zip(examples, captions)):
-        own = {name: values[n] for name, values in flat(measures.each).items()}
-        rows[os.path.relpath(example.image, folder)] = {"caption": caption} | own
-    write_rows(beside(config.out, ".each.jsonl"), rows)
+        own = {name: values[n] for name, values in each.items()}
+        rows[os.path.relpath(example.image, out.parent)] = {"caption": caption} | own
+    write_rows(out.with_suffix(".each.jsonl"), rows)
+
     digest = hashlib.sha256(json.dumps([(e.image_id, e.references) for e in examples]).encode())
-    source = config.captions or config.captioner
-    about = dict(name=config.name or source, data=config.data, digest=digest.hexdigest()[:16])
-    about |= dict(split=config.split, pictures=len(examples), clip=list(clips))
-    settings = ["bag_size", "tokenizer", "seed"]
-    if config.captions:
-        settings += ["captions"]
-    else:
-        settings += ["captioner", "prompt", "beams", "min_length", "max_length", "precision"]
-    about |= {name: getattr(config, name) for name in settings}
+    name = config.name or config.captions or config.captioner
+    about = dict(name=name, data=config.data, digest=digest.hexdigest()[:16], split=config.split)
+    about |= dict(pictures=len(examples), clip=list(clips))
+    settings = ["captions"] if config.captions else DECODING
+    for setting in [*settings, "bag_size", "tokenizer", "seed"]:
+        about[setting] = getattr(config, setting)
     about["versions"] = {name: version(name) for name in PACKAGES}
-    write_text(Path(config.out), json.dumps(about | {"measures": measures}, indent=2) + "\n")
+    write_text(out, json.dumps(about | {"measures": measures}, indent=2) + "\n")
 
 
 def ignored_flags(config: Decoding) -> dict[str, str]:
@@ -3443,21 +3426,17 @@ def ignored_flags(config: Decoding) -> dict[str, str]:
             ignored["overwrite"] = "out"
     elif isinstance(config, EvalConfig):
         if config.captions:
-            decoding = ["captioner", "prompt", "beams", "min_length", "max_length", "precision"]
-            ignored = dict.fromkeys([*decoding, "batch_size"], "captions")
+            ignored = dict.fromkeys([*DECODING, "batch_size"], "captions")
         if not set(CLIP_METRICS) & set(config.metrics):
             ignored["clip"] = "metrics"
         if "retrieval" not in config.metrics:
             ignored["bag_size"] = "metrics"
         if not set(REFERENCE_METRICS) & set(config.metrics):
             ignored["tokenizer"] = "metrics"
-        if not config.out:
-            ignored["name"] = "out"
+        ignored |= {"format": "table"} | ({} if config.out else {"name": "out"})
         if config.table:
-            fields = {field.name for field in dataclasses.fields(config)}
-            ignored |= dict.fromkeys(fields - {"table", "format"}, "table")
-        else:
-            ignored["format"] = "table"
+            names = {field.name for field in dataclasses.fields(config)} - {"table", "format"}
+            ignored = dict.fromkeys(names, "table")
     elif isinstance(config, TrainConfig):
         ignored = ignored_settings(config)
         if config.regularizer not in ("discriminator", "grammar"):
@@ -3513,12 +3492,12 @@ def check(config: Decoding, given: set[str]) -> None:
         raise UserError("eval: which DATA? give a data set, or results with --table")
     elif config.out:
         if isinstance(config, EvalConfig):
-            outs = [beside(config.out, end) for end in (".json", ".each.jsonl", ".captions.json")]
             if not config.out.endswith(".json"):
                 raise UserError(f"--out {config.out}: must be a .json file")
-            for given in filter(None, (config.data, config.captions)):
-                if Path(given).resolve() in [path.resolve() for path in outs]:
-                    raise UserError(f"--out {config.out}: would write over {given}")
+            for path in filter(None, (config.data, config.captions)):
+                for suffix in (".json", ".each.jsonl", ".captions.json"):
+                    if Path(path).resolve() == Path(config.out).with_suffix(suffix).resolve():
+                        raise UserError(f"--out {config.out}: would write over {path}")
         if isinstance(config, CaptionConfig) and not config.out.endswith(".jsonl"):
             raise UserError(f"--out {config.out}: must be a .jsonl file")
         if not Path(config.out).parent.is_dir():
