@@ -2222,6 +2222,7 @@ def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor, bag_size: in
     ways = {"text_to_image": retrieval_ranks(caption_embeddings, image_embeddings)}
     ways["image_to_text"] = retrieval_ranks(image_embeddings, caption_embeddings)
     for way, ranks in ways.items():
+        ranks = ranks.cpu()  # not every accelerator has float64
         each |= {f"{way}_R@{k}": (ranks <= k).int().tolist() for k in (1, 5, 10)}
         each[f"{way}_median_rank"] = ranks.tolist()
         each[f"{way}_mrr"] = (1 / ranks.double()).tolist()
