@@ -2309,8 +2309,10 @@ def meteor(human: dict, written: dict) -> tuple[float, list[float]]:
     try:
         with explain("--metrics meteor: its Java program failed"):
             return scorer.compute_score(human, written)
-    finally:
-        scorer.lock = threading.Lock()  # an error leaves it locked, to be waited for at the end
+    finally:  # an error leaves it locked, to be waited for at the end, and its pipe broken
+        scorer.lock = threading.Lock()
+        with contextlib.suppress(OSError):
+            scorer.meteor_p.stdin.close()
 
 
 def reference_measures(captions: Sequence[str], references: Sequence[Sequence[str]],

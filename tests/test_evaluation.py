@@ -249,6 +249,7 @@ def test_meteor_equals_pycocoevalcap_and_knows_no_decimal_comma(monkeypatch):
     assert ours[1][0] > 0.3 and ours[1][4] == 0
 
 
+@pytest.mark.filterwarnings("error")  # an exception ignored is a traceback on the terminal
 def test_a_failure_of_meteor_is_one_line_and_does_not_hang(monkeypatch, tmp_path):
     """pycocoevalcap leaves its lock locked, and then waits for it when the object is deleted."""
     (tmp_path / "java").write_text("#!/bin/sh\nread line\necho none\n")
