@@ -670,7 +670,8 @@ def test_help_names_every_field_with_its_default(verb, capsys, monkeypatch):
         positional = "nargs" in each.metadata and "action" not in each.metadata
         assert (each.name.upper() if positional else "--" + each.name.replace("_", "-")) in text
         assert "".join(each.metadata["help"].split()) in text
-        default = "".join(each.default) if each.default and "action" in each.metadata else each.default
+        several = each.default and "action" in each.metadata
+        default = "".join(each.default) if several else each.default
         assert positional or default is None or f"(default:{default})" in text
     assert "(default:None)" not in text and "(default:())" not in text
 
