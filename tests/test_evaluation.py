@@ -253,7 +253,7 @@ def test_meteor_equals_pycocoevalcap_and_knows_no_decimal_comma(monkeypatch):
 
 def test_a_failure_of_meteor_is_one_line_and_does_not_hang(monkeypatch, tmp_path):
     """pycocoevalcap leaves its lock locked, and then waits for it when the object is deleted."""
-    (tmp_path / "java").write_text("#!/bin/sh\nread line\necho none\n")
+    (tmp_path / "java").write_text("#!/bin/sh\nexec 0<&-\necho none\n")
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     seen = []  # what is raised in deleting it would be a traceback on the terminal
