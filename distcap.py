@@ -2436,8 +2436,10 @@ def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
     `read_data` reads, or a folder of .txt files. Raises UserError unless there is exactly one for
     each: a caption beside the wrong picture would show in no number."""
     if path.is_dir():
-        rows = [Row(file.name, read_text(file).strip().split("\n"), {})
-                for file in sorted(path.glob("*.txt"))]  # fmt: skip
+        rows = []
+        for file in sorted(path.glob("*.txt")):
+            lines = read_text(file).strip().split("\n")
+            rows.append(make_row(str(file), {"file_name": file.name, "caption": lines}))
     elif path.is_file() and read_text(path).lstrip().startswith("["):
         rows = []
         for number, row in enumerate(parse_json(str(path), read_text(path))):
@@ -2448,8 +2450,10 @@ def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
     else:
         rows = list(read_data(path))
     for row in rows:
-        if len(row.captions) != 1:
-            raise UserError(f"{path}: {row.name}: {len(row.captions)} captions; eval takes one")
+        there = any(row.more.get(key) is not None for key in CAPTION_KEYS)
+        if not there or len(row.captions) != 1:
+            count = len(row.captions) if there else 0
+            raise UserError(f"{path}: {row.name}: {count} captions; eval takes one, or an empty one")
     return pair_captions(path, rows, examples)
 
 
@@ -3365,8 +3369,9 @@ def evaluate_command(config: EvalConfig) -> None:
     need_pictures = looks or not config.captions
     skipped: list[Skipped] = []
     examples = read_examples(config.data, config.images, config.split, need_pictures, skipped)
-    for name, reason in skipped:
-        print(f"distcap: {name}: left out: {reason}", file=sys.stderr)
+    if skipped:
+        first = f"the first: {skipped[0].name}: {skipped[0].reason}"
+        print(f"distcap: left out {len(skipped)} pictures or captions; {first}", file=sys.stderr)
     if config.captions:
         captions = read_captions(Path(config.captions), examples)
     else:

@@ -271,6 +271,15 @@ def test_split_names_what_is_evaluated(data, no_models, tmp_path):
     assert json.loads(out.read_text())["pictures"] == 2
 
 
+def test_what_is_left_out_is_told(data, no_models, tmp_path, capsys):
+    with open(data / "metadata.jsonl", "a") as table:
+        table.write('\n{"file_name": "five.jpg", "caption": ""}')
+    path = write_captions(tmp_path / "c.csv", zip(NAMES, TEXTS))
+    assert run_eval(data, "--captions", path, "--metrics", "rouge") == 0
+    err = capsys.readouterr().err
+    assert "left out 1 pictures or captions; the first: " in err and "five.jpg" in err and err.count("\n") == 1
+
+
 def result(path, name, digest="d", **measures):
     same = {"data": f"data-{digest}", "split": None, "pictures": 4, "tokenizer": "regex"}
     same |= {"clip": [], "bag_size": 10, "digest": digest, "name": name}
