@@ -2453,7 +2453,7 @@ def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
         there = any(row.more.get(key) is not None for key in CAPTION_KEYS)
         if not there or len(row.captions) != 1:
             count = len(row.captions) if there else 0
-            raise UserError(f"{path}: {row.name}: {count} captions; eval takes one, or an empty one")
+            raise UserError(f"{path}: {row.name}: {count} captions; eval takes one")
     return pair_captions(path, rows, examples)
 
 
