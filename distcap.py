@@ -44,16 +44,20 @@ reward cannot hack.
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
 import concurrent.futures
 import contextlib
 import copy
 import csv
 import dataclasses
+import errno
 import functools
 import hashlib
+import html
 import importlib.util
 import inspect
+import io
 import json
 import logging
 import math
@@ -63,24 +67,33 @@ import random
 import re
 import shutil
 import signal
+import stat
 import statistics
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+import urllib.parse
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+if os.path.basename(sys.argv[0]).startswith("distcap"):
+    # As a command, until `main` runs: Ctrl-C while torch is imported ends it without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 # Threads that spin while they wait for each other make a small model twenty times slower as soon as
 # another process wants a core. This must be said before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import numpy
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -100,7 +113,9 @@ def explain(what: str, remedy: str = "") -> Iterator[None]:
     except pickle.UnpicklingError:  # torch's advice is to trust it all the same: not ours
         raise UserError(f"{what} (its weights hold more than tensors){remedy}") from None
     except Exception as error:  # damaged files make libraries raise all kinds
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        known = getattr(error, "strerror", None)  # without the file's name, which `what` says
+        reason = (known or str(error).strip() or type(error).__name__).split("\n")[0]
+        reason = textwrap.shorten(reason, 200, placeholder=" ...")
         raise UserError(f"{what} ({reason}){remedy}") from None
 
 
@@ -128,6 +143,14 @@ def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[st
 
 
 WEIGHT = number(0, kind=float)
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """A converter for `flag`: "2/4" to (2, 4)."""
+    part, _, count = text.partition("/")
+    if not (part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text} must be like 1/4, 2/4, 3/4 or 4/4")
+    return int(part), int(count)
 
 
 # ---- 1  Method: the settings that define it ------------------------------------------------------
@@ -910,6 +933,12 @@ class Captioner(nn.Module):
                 raise ValueError(f"{much}; try --device cpu")
             processor = AutoProcessor if kind is ImageText else AutoImageProcessor
             parts = [each.from_pretrained(folder) for each in (processor, AutoTokenizer)]
+            # Without its files a tokenizer loads all the same, and decodes everything to nothing.
+            ids = parts[1].get_vocab().values()
+            if len(ids) <= len(parts[1].all_special_ids):
+                raise ValueError("the files of its tokenizer are missing")
+            if max(ids) >= text.vocab_size:
+                raise ValueError("its tokenizer is another model's: it has more words")
             return kind(model, *parts, prompt).eval().to(device)
 
     def save(self, folder: Path) -> None:
@@ -933,6 +962,9 @@ class Captioner(nn.Module):
 
     def check_length(self, max_length: int) -> None:
         """Raise UserError for captions longer than there are positions for."""
+        if self.longest < 1:
+            taken = f"has {len(self.start)} tokens, and leaves no room for a caption"
+            raise UserError(f"--prompt {textwrap.shorten(self.prompt, 40)}: {taken}; shorten it")
         if max_length > self.longest:
             most = f"this captioner writes at most {self.longest} tokens"
             raise UserError(f"--max-length {max_length}: {most}")
@@ -1197,7 +1229,7 @@ def local_folder(name: str, inside: str, wanted: str, kinds: Sequence[str]) -> P
     if Path(name).exists():
         raise UserError(f"{name}: not a checkpoint: no {wanted} and no {inside}/{wanted} in it")
     what = f"{name}: not a folder, nor to be had from the Hugging Face Hub"
-    with explain(what, "; give a folder, such as runs/toy"):
+    with explain(what, "; its first use needs the Internet, later ones do not; or give a folder"):
         return download(name, kinds)
 
 
@@ -1255,6 +1287,9 @@ class CLIP:
             architecture = f"local-dir:{local_folder(name.removeprefix('hf-hub:'), *inside)}"
         else:
             architecture, _, weights = name.rpartition("/")
+            if not architecture:
+                advice = f"needs the name of its weights too, as in {name}/openai"
+                raise UserError(f"--clip {name}: {advice}")
             known = get_pretrained_cfg(architecture, weights)
             for setting in ("mean", "std", "interpolation", "resize_mode"):
                 options[f"image_{setting}"] = known.get(setting)
@@ -1273,13 +1308,13 @@ class CLIP:
         return self.model.encode_image(pixels.to(self.device), normalize=True)
 
     def embed_images(self, images: Iterable[Path | Image.Image], workers: int = 0,
-                     failures: list | None = None) -> Tensor:  # fmt: skip
+                     failures: list | None = None, quiet: bool = False) -> Tensor:  # fmt: skip
         """Pictures as unit rows (N, D). Raises UserError for one that cannot be read; given a list
         of `failures`, adds (number, UserError) to it instead, and leaves out the row."""
         own = own_share(list(images))
         batches = PictureBatches(own, [self.pixels], 64, self.side)
         rows, failed = [], []
-        bar = Bar(total=len(own), desc="embed", leave=False, disable=process_rank() > 0)
+        bar = Bar(total=len(own), desc="embed", leave=False, disable=quiet or process_rank() > 0)
         for batch in read_ahead(batches, range(len(batches)), workers):
             if failures is None:
                 batch.raise_failure()
@@ -1290,7 +1325,8 @@ class CLIP:
         bar.close()
         if failures is not None:
             failures += [(n, each) for n, each in enumerate(put_together(failed)) if each]
-        return torch.cat([each.to(self.device) for each in put_together(rows)])
+        rows = [each.to(self.device) for each in put_together(rows)]
+        return torch.cat(rows or [torch.zeros(0, 1)])
 
     @torch.no_grad()
     def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:
@@ -1330,52 +1366,127 @@ class Example:
     scene: Scene | None = None
 
 
-SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+HEIF = (".heic", ".heif", ".hif")
+# Readers of Pillow's that run another program, or only know what kind of file it is.
+NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+
+
+@functools.cache
+def picture_formats() -> tuple[list[str], tuple[str, ...]]:
+    """The formats that can be read, as Image.open wants them, and the suffixes of such files. HEIC
+    is read where pillow-heif is installed, and looked for in any case."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    formats = [name for name in Image.OPEN if name not in NOT_READ]
+    suffixes = Image.registered_extensions().items()
+    return formats, (*HEIF, *(suffix for suffix, name in suffixes if name in formats))
+
+
+def open_image(path: Path) -> Image.Image:
+    """A picture of which only the head was read. Raises OSError with the true reason."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("a folder" if path.is_dir() else "not a file")  # a pipe would be waited for
+    formats, _ = picture_formats()
+    try:
+        return Image.open(path, formats=formats)
+    except UnidentifiedImageError:
+        with open(path, "rb") as file:
+            start = file.read(12)
+        if start[4:8] == b"ftyp" and "HEIF" not in formats:
+            raise OSError("HEIC or a film; for HEIC, pip install pillow-heif") from None
+        if start[:2] == b"%!":
+            raise OSError("PostScript, which would run a program; convert it first") from None
+        if not start:
+            raise OSError("an empty file") from None
+        raise OSError("cannot identify it as a picture") from None
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits or of floats, as 8 bits.
+
+    Black is 0, and white the first of 1, 255 and 65535 that 99.9 % of the pixels stay within. If
+    those span less than half of it, as 12 bits of a camera in a file of 16, or if there is no such
+    white, they are stretched: black and white are their own limits. What is no number is black."""
+    values = numpy.asarray(picture.convert("F"))
+    values = numpy.nan_to_num(values, posinf=0, neginf=0)
+    low, high = numpy.percentile(values, (0.1, 99.9))
+    if low == high:  # all but a few pixels: the few are the picture
+        low, high = values.min(), values.max()
+    white = next((most for most in (1, 255, 65535) if high <= most), high)
+    if low == high or (low >= 0 and high - low >= white / 2):
+        low, high = 0, white
+    grey = numpy.clip((values - low) * (255 / (high - low)) + 0.5, 0, 255).astype(numpy.uint8)
+    clear = picture.info.get("transparency")
+    return Image.fromarray(numpy.where(values == clear, 255, grey).astype(numpy.uint8))
 
 
 def load_image(image: Path | Image.Image, side: int | None = None) -> Image.Image:
-    """Any picture as upright RGB: EXIF rotation is applied, transparency becomes white, 16 bits are
-    scaled to 8, of a film the first frame is taken. Raises UserError for what cannot be read.
+    """Any picture as upright RGB: EXIF rotation is applied, transparency becomes white (but of a
+    picture that is transparent all over, the colours are shown), more than 8 bits become 8 (see
+    `eight_bits`), of a film the first frame is taken. Raises UserError for what cannot be read.
 
-    For a model that wants pictures of `side` pixels, a JPEG may be decoded at a half, a quarter or
-    an eighth of its size, which is much faster, but never at less than twice what is wanted."""
+    For a model that wants pictures of `side` pixels, a larger one is reduced to a half, a third and
+    so on of its size, which saves memory and time, but never to less than twice what is wanted."""
     with explain(f"{image}: cannot be read"):
-        if isinstance(image, Path) and not image.is_file():
-            raise OSError("no such file")  # a pipe or a device would be waited for
-        picture = Image.open(image) if isinstance(image, Path) else image
+        picture = open_image(image) if isinstance(image, Path) else image
         if side:
-            picture.draft(None, (2 * side, 2 * side))  # nothing happens but to a JPEG
+            picture.draft(None, (2 * side, 2 * side))  # a JPEG is decoded at a smaller size
         picture.load()  # a truncated file fails here, not later
         picture = ImageOps.exif_transpose(picture)
-        if picture.mode[0] in "IF":  # 16 or 32 bits or floats: convert would clip them to white
-            values = picture.convert("F")
-            high = 65535 if picture.mode.startswith("I;16") else values.getextrema()[1]
-            white = next((most for most in (1, 255) if high <= most), 65535)
-            picture = values.point(lambda value: value * (255 / white) + 0.5).convert("L")
+        if picture.mode[0] in "IF":  # convert would clip them to white
+            picture = eight_bits(picture)
         if picture.has_transparency_data:
+            clear = picture.info.get("transparency")
+            if isinstance(clear, tuple) and max(clear) > 255:  # of a PNG with 16 bits a channel
+                picture.info["transparency"] = tuple(value >> 8 for value in clear)
             picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            if picture.getchannel("A").getextrema()[1]:
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = picture.convert("L" if picture.mode == "1" else "RGB")
+        if side:
+            picture = picture.reduce(max(min(picture.size) // (2 * side), 1))
         return picture.convert("RGB")
 
 
-def find_images(paths: Iterable[str], recursive: bool = True) -> list[Path]:
+def find_images(paths: Iterable[str], recursive: bool = True, listed: Sequence[str] = (),
+                notes: list[str] | None = None) -> list[Path]:  # fmt: skip
     """The pictures named, and those in the folders named, each once, in order; hidden ones only if
-    they are named. Raises UserError for a path that is not there, and for no picture at all."""
+    they are named. Raises UserError for a path that is not there, and for no picture at all; but
+    the names of a list, `listed`, may be missing: each fails when it is read. What was passed over
+    is added to `notes`."""
     found: dict[Path, None] = {}  # a dict keeps the order
+    _, suffixes = picture_formats()
+    others: Counter[str] = Counter()
+    notes = [] if notes is None else notes
 
     def keep(error: OSError) -> None:  # a file, or a folder that must not be read: fails later
         found[Path(error.filename)] = None
 
-    for path in map(Path, paths):
-        if not os.path.lexists(path):
-            raise UserError(f"{path}: no such file or folder")
+    for path in paths:
+        if "://" in path:
+            raise UserError(f"{path}: a web address; download the picture first")
+        if not path or not os.path.lexists(path):
+            raise UserError(f"{path or repr(path)}: no such file or folder")
+    for path in (*paths, *listed):
         # Links to folders are not followed: they may go in circles.
-        for folder, folders, names in os.walk(path, onerror=keep):
+        for folder, folders, names in os.walk(Path(path), onerror=keep):
+            links = [name for name in folders if recursive and os.path.islink(f"{folder}/{name}")]
+            notes += [f"{folder}/{name}: a link to a folder, not followed" for name in links]
             folders[:] = sorted(name for name in folders if recursive and name[0] != ".")
-            names = [name for name in sorted(names) if name.lower().endswith(SUFFIXES)]
-            found |= {Path(folder, name): None for name in names if name[0] != "."}
+            shown = [name for name in sorted(names) if name[0] != "."]
+            names = [name for name in shown if name.lower().endswith(suffixes)]
+            others.update(Path(name).suffix for name in {*shown}.difference(names))
+            found |= {Path(folder, name): None for name in names}
+    for companion in (".jsonl", ".csv", ".html", ".json", ".txt", ".caption"):
+        del others[companion]
+    if others:
+        kinds = ", ".join(f"{count} {kind or 'without'}" for kind, count in others.most_common(5))
+        notes.append(f"files passed over, not pictures by their suffix: {kinds}")
     if not found:
-        nothing = f"no pictures in this folder (looked for {' '.join(SUFFIXES)})"
+        nothing = "no pictures in this folder (looked for .jpg, .png and what else Pillow reads)"
         raise UserError(f"{', '.join(paths) or '-'}: {nothing}")
     return list(found)
 
@@ -1393,11 +1504,15 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside it first, then in its place."""
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a file whole or not at all: beside it first, then in its place. A link is followed."""
+    path = Path(os.path.realpath(path))
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8", errors=errors)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class Row(NamedTuple):
@@ -1550,7 +1665,8 @@ def read_data(path: Path) -> Iterator[Row]:
         for name in ("metadata.jsonl", "metadata.csv"):
             if (path / name).is_file():
                 return read_data(path / name)
-        pictures = [each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES]
+        _, suffixes = picture_formats()
+        pictures = [each for each in path.rglob("*") if each.suffix.lower() in suffixes]
         if not any(each.with_suffix(".txt").is_file() for each in pictures):
             found = f"a folder with {len(pictures)} pictures and no captions"
             raise unknown_form(path, f"{found} (if a file has them, give that file)")
@@ -1778,6 +1894,7 @@ class PictureBatch(NamedTuple):
 
     pixels: list[Tensor]  # (B, 3, height, width) for each way to prepare, of those that are good
     failures: list[UserError | None]  # of each picture, in order
+    thumbnails: list[str]  # of those that are good, where they are wanted: addresses for a page
 
     def raise_failure(self) -> None:
         """Raise the first failure, if there is one."""
@@ -1790,23 +1907,43 @@ class PictureBatches(torch.utils.data.Dataset):
     `prepare` lists the ways to make pixels of pictures: the captioner's, CLIP's, or both."""
 
     def __init__(self, images: Sequence, prepare: Sequence[Callable], batch_size: int,
-                 side: int | None = None) -> None:  # fmt: skip
+                 side: int | None = None, thumbnails: bool = False) -> None:  # fmt: skip
         self.batches, self.prepare = list(batched(images, batch_size)), prepare
-        self.side = side
+        self.side, self.thumbnails = side, thumbnails
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, number: int) -> PictureBatch:
-        pictures, failures = [], []
+        rows, failures, thumbnails = [], [], []
         for image in self.batches[number]:
             try:
-                pictures.append(load_image(image, self.side))
-                failures.append(None)
+                picture = load_image(image, self.side)
             except UserError as error:
                 failures.append(error)
-        pixels = [prepare(pictures) for prepare in self.prepare] if pictures else []
-        return PictureBatch(pixels, failures)
+                continue
+            failures.append(None)
+            # Prepared one by one: no more than one is in memory at its own size.
+            rows.append([prepare([picture]) for prepare in self.prepare])
+            if self.thumbnails:
+                thumbnails.append(thumbnail(picture))
+        pixels = [join_pixels(parts) for parts in zip(*rows)]
+        return PictureBatch(pixels, failures, thumbnails)
+
+
+def join_pixels(parts: Sequence) -> Tensor | list:
+    """Pictures that were prepared one by one as a batch: what a captioner's `pixels` returns."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return [picture for part in parts for picture in part]  # ImageText's: of any sizes
+
+
+def thumbnail(picture: Image.Image) -> str:
+    """A small JPEG of a picture, as an address for a page that needs no other file."""
+    picture.thumbnail((240, 240))
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=70)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def own_share(items: Sequence) -> Sequence:
@@ -2829,20 +2966,37 @@ class CaptionConfig(Decoding):
     paths: tuple[str, ...] = flag((), "pictures, folders of pictures, or - for a list of them on "
                                   "standard input", nargs="+")
     recursive: bool = flag(True, "look into folders within folders")
-    out: str | None = flag(None, "write to this .jsonl file; one that exists is continued")
-    overwrite: bool = flag(False, "caption anew what has a caption in --out")
+    null: bool = flag(False, "names in the list end with a null character, as find -print0 writes")
+    json: bool = flag(False, "write a JSON object a line, also for what failed")
+    out: str | None = flag(None, "write to this .jsonl, .csv or .html file; one that exists is "
+                           "continued")
+    sidecar: str | None = flag(None, "write a file beside each picture, with this suffix",
+                               (".txt", ".caption"))
+    overwrite: bool = flag(False, "caption anew what has a caption in --out or --sidecar")
+    prefix: str = flag("", "text before each caption")
+    suffix: str = flag("", "text after each caption")
+    shard: tuple[int, int] | None = flag(None, "2/4: only the second of four parts of the pictures",
+                                         shard_of)
     samples: int = flag(0, "sample so many captions of each picture; 0: search", number(0))
     temperature: float = flag(
         0.7, "of --samples; 1 is the captioner's own distribution", number(0.01, kind=float))
     top_p: float = flag(1.0, "of --samples: only the likeliest tokens that make up this much",
                         number(0, 1, float))
     rerank: bool = flag(False, "of --samples (8 if not given), keep what best tells a picture from "
-                        "those of its batch (Eq. 6)")
-    min_length: int = flag(5, "fewest tokens in a caption", number(0))
+                        "the others (Eq. 6)")
+    scores: bool = flag(False, "with each caption CLIP's cosine, the rank of its picture among all "
+                        "by this caption, the reward of Eq. 6, and log p a token")
+    min_length: int | None = flag(None, "fewest tokens in a caption; otherwise 5 with those of the "
+                                  "prompt, as BLIP counts", number(0))
+    max_length: int | None = flag(None, "most tokens in a caption, its end included; otherwise 20 "
+                                  "with those of the prompt, as BLIP counts", number(1))
     repetition_penalty: float = flag(
         1.0, "above 1, words that were written are less likely", number(0.01, kind=float))
+    no_repeat_ngram_size: int = flag(0, "so many words in a row are not written twice; 0: may be",
+                                     number(0))
     beams: int = flag(3, "beams of the search; 1 decodes greedily", number(1))
     batch_size: int = flag(16, "pictures in a batch", number(1))
+    quiet: bool = flag(False, "on standard error say nothing but what failed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3241,51 +3395,160 @@ On {about["images"]} pictures of the test split:
 
 
 class Written(NamedTuple):
-    """What became of one picture: its captions, or why there are none."""
+    """What became of one picture: its captions and what is known of each, or why there are none."""
 
     captions: list[str]
     failure: UserError | None
+    scores: dict[str, list[float]]
+    thumbnail: str = ""
 
 
 @torch.no_grad()
 def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], config: Decoding,
-                   write: Callable, clip: CLIP | None = None) -> Iterator[Written]:  # fmt: skip
-    """The captions of each picture, in order. `write` makes tokens (K*B, P + T) of features.
-    With a `clip`, of each picture's K captions the one that best tells it from its batch."""
-    prepare = [captioner.pixels] + ([clip.pixels] if clip else [])
-    side = max(captioner.side, clip.side if clip else 0)
-    batches = PictureBatches(images, prepare, config.batch_size, side)
-    bar = Bar(total=len(images), desc="caption")
-    for number, batch in enumerate(read_ahead(batches, range(len(batches)), config.workers)):
-        torch.manual_seed(config.seed * 1_000_003 + number)
-        groups = iter(())
-        if batch.pixels:
-            features = captioner.encode(batch.pixels[0])  # (B, L, H)
-            captions = captioner.decode(write(features))  # K*B of them
-            if clip:
-                captions = rerank(captions, clip, clip.encode_pixels(batch.pixels[1]))
-            groups = batched(captions, len(captions) // len(features))
-        for failure in batch.failures:
-            yield Written([], failure) if failure else Written(list(next(groups)), None)
-        bar.update(len(batch.failures))
-    bar.close()
+                   write: Callable, clip: CLIP | None = None, rivals: Sequence[Path] = (),
+                   thumbnails: bool = False) -> Iterator[Written]:  # fmt: skip
+    """The captions of each picture, in order. `write` makes tokens (K*B, P + T) of features and of
+    the pixels that they come from. With a `clip` all pictures are embedded first, to compete, or
+    all `rivals`, among which they are."""
+    size, start, quiet = config.batch_size, 0, getattr(config, "quiet", False)
+    pool, rows = None, torch.arange(len(images))
+    if clip:  # the row of each picture in the pool, which holds those that can be read
+        bad: list[tuple[int, UserError]] = []
+        pool = clip.embed_images(rivals or images, config.workers, bad, quiet)  # (N, D)
+        good = torch.ones(len(rivals or images), dtype=torch.long)
+        good[[number for number, _ in bad]] = 0
+        place = {path: number for number, path in enumerate(rivals)}
+        rows = (good.cumsum(0) - 1).clamp(min=0).to(clip.device)
+        rows = rows[[place[path] for path in images]] if rivals else rows
+    side = max(captioner.side, 120 if thumbnails else 0)
+    batches = PictureBatches(images, [captioner.pixels], size, side, thumbnails)
+    with Bar(total=len(images), desc="caption", disable=quiet) as bar:
+        for batch in read_ahead(batches, range(len(batches)), config.workers):
+            numbers = range(start, start + len(batch.failures))
+            good = [number for number in numbers if not batch.failures[number - start]]
+            index = rows[good]
+
+            def work(some: slice, pixels=batch.pixels, index=index) -> list[Written]:
+                some_pixels, rivals = pixels[0][some], (clip, pool, index[some])
+                return write_batch(captioner, some_pixels, config, write, *rivals)
+
+            written, size = halving(work, len(good), size)
+            results, thumbs = iter(written), iter(batch.thumbnails)
+            for number, failure in zip(numbers, batch.failures):
+                result = Written([], failure, {}) if failure else next(results)
+                if not failure:
+                    result = result._replace(thumbnail=next(thumbs, ""))
+                    if result.failure:
+                        failure = UserError(f"{images[number]}: {result.failure}")
+                yield result._replace(failure=failure)
+                bar.update()
+            start += len(numbers)
 
 
-def rerank(captions: Sequence[str], clip: CLIP, image_embeddings: Tensor) -> list[str]:
-    """Of the K captions of each of B images the best by Eq. 6, all K*B competing: (B, D)."""
-    count = len(captions) // len(image_embeddings)
-    row = torch.arange(len(image_embeddings), device=image_embeddings.device)
-    image_index = row.repeat_interleave(count)
+def halving(work: Callable, count: int, size: int) -> tuple[list[Written], int]:
+    """What `work` writes for `count` pictures, given a slice of `size` of them at a time, of half
+    as many once memory does not suffice; and the size that did."""
+    written: list[Written] = []
+    while len(written) < count:
+        try:
+            written += work(slice(len(written), len(written) + size))
+        except (MemoryError, RuntimeError) as error:
+            scarce = r"MemoryError|out of memory|not enough memory|can't allocate memory"
+            if not re.search(scarce, f"{type(error).__name__} {error}"):
+                raise
+            if size == 1:
+                failure = UserError("not enough memory for it, even alone; try --precision bf16")
+                written.append(Written([], failure, {}))
+                continue
+            size //= 2
+            say(f"not enough memory; going on with --batch-size {size}")
+    return written, size
+
+
+def write_batch(captioner: Captioner, pixels: Tensor, config: Decoding, write: Callable,
+                clip: CLIP | None, pool: Tensor | None, index: Tensor) -> list:  # fmt: skip
+    """The captions of a batch (B, 3, height, width). With a `clip`, `index` (B,) are its rows among
+    the pictures of the call, `pool` (N, D), all of which compete."""
+    features = captioner.encode(pixels)  # (B, L, H)
+    tokens = write(features, pixels)  # (K*B, P + T)
+    captions = captioner.decode(tokens)
+    count = len(captions) // len(features)
+    scores, kept = {}, range(len(captions))
+    if clip:
+        scores = caption_scores(captions, clip, pool, index.repeat_interleave(count))
+        if config.rerank:
+            kept, count = rerank(captions, scores["reward"], count), 1
+    wanted = clip and config.scores
+    if wanted:
+        own = torch.arange(len(features), device=tokens.device)
+        own = own.repeat_interleave(len(captions) // len(features))
+        words, mask = captioner.log_probs(features, tokens, own)
+        scores["log_p"] = caption_log_probs(words, mask, None)
+    values = {name: value.tolist() for name, value in scores.items()} if wanted else {}
+
+    written = []
+    for group in batched(kept, count):
+        known = {name: [round(each[place], 4) for place in group] for name, each in values.items()}
+        written.append(Written([captions[place] for place in group], None, known))
+    return written
+
+
+def caption_scores(captions: Sequence[str], clip: CLIP, image_embeddings: Tensor,
+                   image_index: Tensor) -> dict[str, Tensor]:  # fmt: skip
+    """What CLIP makes of captions of some of the images (N, D), each of the image `image_index`:
+    (C,) each. The cosine; the rank of the image among all by this caption, from 1, ties lost; and
+    the reward of Eq. 6, where all N images compete and all C captions."""
     embeddings = clip.embed_captions(captions)
-    rewards = contrastive_reward(embeddings, image_embeddings, image_index, clip.logit_scale)
-    best = row * count + rewards.view(-1, count).argmax(dim=1)
-    return [captions[place] for place in best.tolist()]
+    similarity = embeddings @ image_embeddings.T  # (C, N)
+    cosine = similarity.gather(1, image_index[:, None])
+    rank = (similarity >= cosine - 1e-6).sum(dim=1)
+    reward = contrastive_reward(embeddings, image_embeddings, image_index, clip.logit_scale)
+    return {"cosine": cosine.squeeze(1), "rank": rank, "reward": reward}
+
+
+def rerank(captions: Sequence[str], rewards: Tensor, count: int) -> list[int]:
+    """Of the `count` captions of each image the place of the best that is not empty."""
+    empty = torch.tensor([not caption for caption in captions], device=rewards.device)
+    best = rewards.masked_fill(empty, -torch.inf).view(-1, count).argmax(dim=1)
+    return [row * count + place for row, place in enumerate(best.tolist())]
+
+
+def sample_by_picture(captioner: Captioner, features: Tensor, pixels: Tensor, max_length: int,
+                      count: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
+                      **limits) -> Tensor:  # fmt: skip
+    """Draw `count` captions of each picture: (B, L, H), (B, 3, height, width) -> (K*B, P + T).
+
+    The random numbers of a picture are its own: they come from a hash of its pixels, so that a
+    picture gets the same captions whatever its name, its place, and the batch that it is in. Each
+    token takes one, where the distribution function of the next token reaches it."""
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    uniform = []
+    for picture in pixels:
+        values = picture if isinstance(picture, Tensor) else picture["pixel_values"]
+        data = values.float().cpu().numpy().tobytes()
+        generator = torch.Generator().manual_seed(zlib.crc32(data, seed))
+        uniform.append(torch.rand(count, max_length, generator=generator))
+    columns = iter(torch.cat(uniform).to(captioner.model.device).T)  # each (K*B,)
+
+    def draw(tokens: Tensor, logits: Tensor) -> Tensor:  # (K*B, V)
+        reached = logits.float().softmax(dim=1).cumsum(dim=1)
+        level = next(columns)[:, None] * reached[:, -1:]
+        chosen = torch.searchsorted(reached, level, right=True).clamp(max=logits.shape[1] - 1)
+        return torch.full_like(logits, -torch.inf).scatter(1, chosen, 0.0)
+
+    limits["logits_processor"] = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
+    limits["logits_processor"].append(draw)
+    return captioner.search(features, max_length, count=count, **limits)
 
 
 def caption_all(captioner: Captioner, images: Sequence, config: Decoding, **limits) -> list[str]:
     """One caption of each picture, by search. Raises UserError for one that cannot be read."""
     options = dict(max_length=config.max_length, beams=config.beams) | limits
-    search = functools.partial(captioner.search, **options)
+
+    def search(features: Tensor, _: Tensor) -> Tensor:
+        return captioner.search(features, **options)
+
     captions = []
     for written in write_captions(captioner, images, config, search):
         if written.failure:
@@ -3305,58 +3568,441 @@ def clip_name(config: Decoding) -> str:
 def load_models(config: Decoding, with_clip: bool = True) -> tuple[Captioner, CLIP | None]:
     """The captioner that the flags name and, if it is wanted, the CLIP."""
     captioner = Captioner.load(config.captioner, config.device, config.prompt)
-    captioner.check_length(config.max_length)
+    captioner.check_length(config.max_length or 1)
     captioner.bf16 = config.precision == "bf16"
     if isinstance(config, TrainConfig) and config.train_only:
         captioner.train_only(config.train_only)
     return captioner, CLIP.load(clip_name(config), config.device) if with_clip else None
 
 
+# What would move a terminal's cursor, or make a name look like two fields or lines.
+ESCAPES = {n: repr(chr(n))[1:-1] for n in (*range(32), *range(127, 160))}
+
+
+def put(text: str, file=None) -> None:
+    """Print a line at once: above a progress bar, where both share a terminal."""
+    file = file or sys.stdout
+    shared = file.isatty() and sys.stderr.isatty()
+    with Bar.external_write_mode(file) if shared else contextlib.nullcontext():
+        print(text, file=file, flush=True)
+
+
+def say(text: str) -> None:
+    """Print a line for a person to read, on standard error."""
+    put(f"distcap: {text.translate(ESCAPES)}", sys.stderr)
+
+
+SCORES = ("cosine", "rank", "reward", "log_p")
+
+
+def row_fields(row: Row) -> dict:
+    """What a table says of a picture: by the names that its other rows have for it."""
+    name_key = next((key for key in NAME_KEYS if key in row.more), "file_name")
+    caption_key = next((key for key in CAPTION_KEYS if key in row.more), "caption")
+    return {name_key: row.name} | row.more | {name_key: row.name, caption_key: row.captions}
+
+
+def table_fields(path: Path) -> Iterator[tuple[str, dict]]:
+    """Where and what each row of a .jsonl, .csv or .html file says."""
+    with explain(f"{path}: cannot be read"):
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    if path.suffix == ".csv":
+        for number, fields in enumerate(csv.DictReader(io.StringIO(text, newline="")), 2):
+            if None in fields or None in fields.values():
+                raise UserError(f"{path}: row {number}: not as many columns as the first row")
+            yield f"{path}: row {number}", fields
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        fields, thumbnail = line, {}
+        if path.suffix == ".html":
+            found = re.match('<figure data-row="(.*?)".*? src="(.*?)"', line)
+            fields = html.unescape(found[1]) if found else ""
+            thumbnail = {"thumbnail": found[2]} if found else {}
+        if fields.strip():
+            yield f"{path}:{number}", parse_json(str(path), fields, number) | thumbnail
+
+
+def read_table(path: Path) -> dict[str, Row]:
+    """{name: Row} of a .jsonl, .csv or .html file, perhaps without captions. A picture's rows are
+    read as one. Raises UserError if one row could not hold what they say."""
+    rows: dict[str, Row] = {}
+    for where, fields in table_fields(path):
+        row = make_row(where, fields)
+        texts = [text for text in row.captions if text.strip()]
+        for key in fields.keys() & {*SCORES}:  # as many as captions, in a .csv one a row
+            value = fields[key] if isinstance(fields[key], list) else [fields[key]]
+            fields[key] = value if texts else []
+        known = rows.get(row.name)
+        if not known:
+            rows[row.name] = Row(row.name, texts, fields)
+            continue
+        for key in fields.keys() - {*CAPTION_KEYS, *SCORES}:
+            if fields[key] != known.more.get(key):
+                other = f"{row.name} is there before with another {key}, which one row cannot hold"
+                raise UserError(f"{where}: {other}; give another --out")
+        more = {key: known.more.get(key, []) + fields[key] for key in SCORES if key in fields}
+        rows[row.name] = Row(row.name, known.captions + texts, known.more | more)
+    return rows
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Captions</title>
+<style>
+:root { color-scheme: light dark; }
+body { font: 1rem/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 50rem; padding: 0 1rem; }
+input { font: inherit; width: 100%; padding: .5rem; box-sizing: border-box; position: sticky;
+  top: .5rem; }
+figure { display: flex; gap: 1rem; margin: 1rem 0; align-items: start; break-inside: avoid; }
+figure[hidden] { display: none; }
+figure a { flex: 0 0 min(10rem, 35%); }
+img, svg { width: 100%; display: block; }
+figcaption, li { overflow-wrap: anywhere; min-width: 0; }
+p { margin: 0 0 .3rem; }
+small { opacity: .75; }
+@media print { input { display: none; } }
+</style>
+<input type="search" aria-label="Search" placeholder="Search names and captions">
+<script>
+document.querySelector("input").oninput = ({target}) => {
+  for (const figure of document.querySelectorAll("figure"))
+    figure.hidden = !figure.textContent.toLowerCase().includes(target.value.toLowerCase());
+};
+</script>
+"""
+
+
+def table_line(suffix: str, row: Row, columns: Sequence[str]) -> str:
+    """A row of a table: in a .csv, a line for each caption."""
+    fields = row_fields(row)
+    if suffix == ".jsonl":
+        return json.dumps(fields) + "\n"
+    scores = [key for key in SCORES if key in fields]
+    caption_key = next(key for key in fields if fields[key] is row.captions)
+    lines = []
+    for number, text in enumerate(row.captions or [""]):
+        own = {key: fields[key][number] for key in scores if number < len(fields[key])}
+        lines.append(fields | {caption_key: text} | own)
+    if suffix == ".csv":
+        text = io.StringIO()
+        csv.DictWriter(text, columns, lineterminator="\n").writerows(lines)
+        return text.getvalue()
+    thumbnail = fields.pop("thumbnail", "")
+    link = urllib.parse.quote(os.fsencode(row.name))
+    shown = html.escape(row.name.translate(ESCAPES).encode("utf-8", "replace").decode())
+    parts = [f'<figure data-row="{html.escape(json.dumps(fields))}"><a href="{link}">',
+             f'<img src="{thumbnail}" alt="" loading="lazy"></a><figcaption>']  # fmt: skip
+    for line in lines:
+        numbers = ", ".join(f"{key.replace('_', '&nbsp;')}&nbsp;{line[key]}" for key in scores)
+        parts.append(f"<p>{html.escape(line[caption_key])} <small>{numbers}</small></p>")
+    return "".join([*parts, f"<small>{shown}</small></figcaption></figure>\n"])
+
+
+def table_text(suffix: str, rows: Iterable[Row], columns: Sequence[str], failures=()) -> str:
+    """A whole table. Of what failed, only a page tells."""
+    lines = [table_line(suffix, row, columns) for row in rows]
+    if suffix == ".csv":
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(columns)
+        return "".join([text.getvalue(), *lines])
+    if suffix == ".html":
+        texts = [str(each).translate(ESCAPES).encode("utf-8", "replace") for each in failures]
+        items = [f"<li>{html.escape(text.decode())}\n" for text in texts]
+        items = [f"<h2>Failures: {len(items)}</h2>\n<ul>\n", *items, "</ul>\n"] if items else []
+        return "".join([PAGE, *lines, *items])
+    return "".join(lines)
+
+
+def curve(name: str, values: Sequence[float]) -> str:
+    """A line of values as inline SVG: of many, the means of two hundred parts."""
+    values = [value for value in values if value is not None]
+    if len(values) < 2:
+        return ""
+    means = [statistics.fmean(part) for part in batched(values, math.ceil(len(values) / 200))]
+    low, high = min(means), max(means)
+    across, up = 600 / max(len(means) - 1, 1), 110 / ((high - low) or 1)
+    points = " ".join(f"{across * n:.1f},{120 - up * (y - low):.1f}" for n, y in enumerate(means))
+    line = f'<polyline points="{points}" fill="none" stroke="currentColor"/>'
+    told = f"from {means[0]:.3f} to {means[-1]:.3f}; lowest {low:.3f}, highest {high:.3f}"
+    return (
+        f'<h2>{name}</h2>\n<svg viewBox="0 0 600 130">{line}</svg>\n<p><small>{told}</small></p>\n'
+    )
+
+
+def write_report(folder: Path, results: dict[str, dict[str, float]],
+                 captions: dict[str, list[str]], test: Sequence[Example]) -> None:  # fmt: skip
+    """Write report.html into a run's folder: the table, the curves of its log.jsonl, and 24 test
+    pictures with their captions before and after."""
+    log = [json.loads(line) for line in read_text(folder / "log.jsonl").split("\n") if line]
+    parts = [PAGE, f"<h1>{html.escape(folder.name)}</h1>\n"]
+    parts.append(f'<pre style="overflow: auto">{html.escape(table(results))}</pre>\n')
+    for stage, name in (("tf", "loss"), ("rl", "reward")):
+        values = [each[name] for each in log if each["stage"] == stage and name in each]
+        parts.append(curve(f"{stage}: {name}", values))
+    found = [each["validation"] for each in log if "validation" in each]
+    for name in ("reward", "text_to_image_R@1", "cider"):
+        parts.append(curve(f"validation: {name}", [each.get(name) for each in found]))
+    for example, before, after in zip(test[:24], captions["before"], captions["after"]):
+        image = thumbnail(load_image(example.image, 240))
+        texts = [example.image_id, f"before: {before}", f"after: {after}"]
+        shown = "".join(f"<p>{html.escape(text)}</p>" for text in texts)
+        parts.append(f'<figure><a><img src="{image}" alt=""></a><figcaption>{shown}</figcaption>')
+        parts.append("</figure>\n")
+    write_text(folder / "report.html", "".join(parts))
+
+
+class Output:
+    """Where captions go: standard output, as path, tab, caption, or as a JSON object a line."""
+
+    unfinished = False  # whether there is something to put in order, even if nothing is added
+
+    def __init__(self, config: CaptionConfig, found: Sequence[Path]) -> None:
+        self.config = config
+
+    def has(self, path: Path) -> bool:
+        """Whether the picture has a caption there."""
+        return False
+
+    def begin(self) -> None:
+        """Make sure that it can be written to. Raises OSError or UserError."""
+        if not sys.stdout:
+            raise UserError("standard output is closed; give --out")
+
+    def write(self, path: Path, written: Written) -> None:
+        """Add what became of a picture, at once."""
+        if self.config.json:
+            known = {"caption": written.captions} | written.scores
+            put(json.dumps({"file_name": str(path)} | known))
+            return
+        for cells in zip(written.captions, *written.scores.values()):
+            put("\t".join([str(path).translate(ESCAPES), *map(str, cells)]))
+
+    def fail(self, path: Path, failure: UserError) -> None:
+        """Add why a picture has no caption."""
+        if self.config.json:
+            put(json.dumps({"file_name": str(path), "error": str(failure)}))
+
+    def close(self, failures: Sequence[UserError]) -> None:
+        """Put it in order, after the last picture."""
+
+
+class Sidecars(Output):
+    """A text file beside each picture, with a caption a line."""
+
+    def __init__(self, config: CaptionConfig, found: Sequence[Path]) -> None:
+        super().__init__(config, found)
+        self.files = {path: path.with_suffix(config.sidecar) for path in found}
+        owners: dict[Path, Path] = {}
+        for path, file in self.files.items():
+            if owners.setdefault(file, path) is not path:
+                both = f"{owners[file]} and {path} would share {file}"
+                raise UserError(f"--sidecar: {both}; caption them apart, or give --out")
+
+    def has(self, path: Path) -> bool:
+        """Whether its sidecar holds a text."""
+        return self.files[path].is_file() and self.files[path].read_bytes().strip() != b""
+
+    def begin(self) -> None:
+        """Make sure that a file can be made beside each picture."""
+        for folder in {file.parent for file in self.files.values()}:
+            if not os.access(folder, os.W_OK):
+                raise UserError(f"--sidecar: {folder}: must not be written to; give --out")
+
+    def write(self, path: Path, written: Written) -> None:
+        """Write the sidecar, whole."""
+        write_text(self.files[path], "".join(f"{text}\n" for text in written.captions))
+
+
+class Table(Output):
+    """A .jsonl, .csv or .html file. A row is added at once, and all is put in order at the end.
+
+    With --shard or --overwrite rows go to a file beside it, as x.2-of-4.jsonl, which the next call
+    without --shard, or the end, puts into the table: until then the old rows stay."""
+
+    def __init__(self, config: CaptionConfig, found: Sequence[Path]) -> None:
+        self.config = config
+        self.out, self.target = Path(config.out), table_target(config)
+        self.names = {path: os.path.relpath(path, self.out.parent) for path in found}
+        self.rows = read_table(self.out) if self.out.exists() else {}
+        form = re.compile(re.escape(self.out.stem) + r"\.\d+-of-\d+" + re.escape(self.out.suffix))
+        parts = [path for path in sorted(self.out.parent.iterdir()) if form.fullmatch(path.name)]
+        self.parts = [path for path in parts if not config.shard or path == self.target]
+        added = {name: row for part in self.parts for name, row in read_table(part).items()}
+        usual = {"file_name": "", "caption": ""}
+        first = next(iter(self.rows.values()), Row("", [], usual)).more
+        self.blank = {key: "" for key in first if key in (*NAME_KEYS, *CAPTION_KEYS)}
+        self.known = self.rows | added
+        self.unfinished = bool(self.parts) and not config.shard
+        self.added = {} if config.overwrite else added  # in the target, if that is not the table
+
+    def has(self, path: Path) -> bool:
+        """Whether its row has a caption."""
+        name = self.names[path]
+        return name in self.known and bool(self.known[name].captions)
+
+    def begin(self) -> None:
+        """Write what is there, in order, and open it for more."""
+        rows = self.known if self.target == self.out else self.added
+        fields = [row_fields(row) for row in (Row("", [], self.blank), *self.known.values())]
+        wanted = SCORES if self.config.scores else ()
+        self.columns = list(dict.fromkeys([key for each in fields for key in each] + [*wanted]))
+        self.save(self.target, rows)
+        self.file = open(self.target, "ab", buffering=0)  # noqa: SIM115
+
+    def save(self, target: Path, rows: dict[str, Row], failures=()) -> None:
+        """Write rows whole. A .csv has no way to write names that are not UTF-8 but as they are."""
+        text = table_text(self.out.suffix, rows.values(), self.columns, failures)
+        write_text(target, text, "surrogateescape")
+
+    def write(self, path: Path, written: Written) -> None:
+        """Add the row of a picture. What else its row held stays."""
+        name = self.names[path]
+        more = self.known[name].more if name in self.known else self.blank
+        more = {key: value for key, value in more.items() if key not in SCORES} | written.scores
+        if written.thumbnail:
+            more |= {"thumbnail": written.thumbnail}
+        self.added[name] = Row(name, written.captions, more)
+        line = table_line(self.out.suffix, self.added[name], self.columns)
+        line = line.encode("utf-8", "surrogateescape")
+        size = os.path.getsize(self.target)
+        if self.file.write(line) < len(line):  # the disk is full: take it back
+            self.file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.target))
+
+    def close(self, failures: Sequence[UserError]) -> None:
+        """Put rows in the order of the table, then of the pictures; parts go into the table."""
+        self.file.close()
+        order = {name: number for number, name in enumerate(self.names.values())}
+        new = sorted(self.added.values(), key=lambda row: order.get(row.name, -1))
+        rows = {row.name: row for row in new}
+        if not self.config.shard:
+            rows = self.rows | rows
+        target = self.target if self.config.shard else self.out
+        self.save(target, rows, failures)
+        for part in {*self.parts, self.target} - {target}:
+            part.unlink()
+            part.with_name(part.name + ".lock").unlink(missing_ok=True)
+
+
+def table_target(config: CaptionConfig) -> Path:
+    """The file that rows are added to: --out, or a part beside it."""
+    out = Path(config.out)
+    part, count = config.shard or (1, 1)
+    beside = config.shard or config.overwrite
+    return out.with_name(f"{out.stem}.{part}-of-{count}{out.suffix}") if beside else out
+
+
+@contextlib.contextmanager
+def locked(config: CaptionConfig, found: Sequence[Path]) -> Iterator[None]:
+    """Refuse to write where another process writes: it would lose what this one writes."""
+    from filelock import FileLock, Timeout
+
+    if config.out:
+        path = Path(f"{table_target(config)}.lock")
+    elif config.sidecar:
+        part, count = config.shard or (1, 1)
+        common = os.path.commonpath([path.absolute().parent for path in found])
+        path = Path(common, f".distcap.{part}-of-{count}.lock")
+    else:
+        yield
+        return
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{path}: another distcap writes there; wait until it is done") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def read_list(null: bool) -> list[str]:
+    """The names on standard input, a line each, or each ended by a null character."""
+    if not sys.stdin:
+        raise UserError("-: standard input is closed")
+    getattr(sys.stdin, "reconfigure", dict)(newline="")
+    text = sys.stdin.read().removeprefix("\ufeff")
+    names = text.split("\0") if null else [line.rstrip("\r") for line in text.split("\n")]
+    return [name for name in names if name]
+
+
 def caption(config: CaptionConfig) -> int:
-    """`distcap caption`: see CaptionConfig. Returns 1 if some pictures could not be read."""
-    escapes = {9: "\\t", 10: "\\n", 13: "\\r"}  # lest a file's name look like two fields or lines
-    listed = sys.stdin.read().split("\n") if "-" in config.paths else []
-    named = [path for path in (*config.paths, *listed) if path not in ("-", "")]
-    found = find_images(named, config.recursive)
-    out = Path(config.out) if config.out else None
-    rows = read_rows(out) if out and out.exists() else {}
-    names = {path: os.path.relpath(path, out.parent) if out else "" for path in found}
-    paths = [path for path in found if config.overwrite or names[path] not in rows]
+    """`distcap caption`: see CaptionConfig. Returns 1 if some pictures could not be captioned, 130
+    if Ctrl-C ended it: what was written until then stays."""
+    notes: list[str] = []
+    listed = read_list(config.null) if "-" in config.paths else []
+    named = [path for path in config.paths if path != "-"]
+    found = find_images(named, config.recursive, listed, notes)
+    if config.shard:
+        part, count = config.shard
+        found = found[part - 1 :: count]
+    failures: list[UserError] = []
+    done, status = 0, 0
+    with locked(config, found):
+        kind = Table if config.out else Sidecars if config.sidecar else Output
+        output = kind(config, found)
+        paths = [path for path in found if config.overwrite or not output.has(path)]
+        changes = paths or output.unfinished
+        if changes:
+            output.begin()
+        try:
+            for written, path in zip(write_paths(paths, found, config), paths):
+                if written.failure:
+                    failures.append(written.failure)
+                    output.fail(path, written.failure)
+                else:
+                    output.write(path, written)
+                    done += 1
+        except KeyboardInterrupt:
+            status = 130
+        if changes:
+            output.close(failures)
+    for note in notes if not config.quiet else ():
+        say(note)
+    for failure in failures if not config.json else ():
+        say(str(failure))
+    if (config.out or config.sidecar or status) and not config.quiet:
+        stopped = "stopped: " if status else ""
+        kept = len(found) - len(paths)
+        say(f"{stopped}{done} captioned, {len(failures)} failed, {kept} had a caption")
+    return status or (1 if failures else 0)
 
-    failures = []
-    for number, (written, path) in enumerate(zip(write_paths(paths, config), paths), 1):
-        if written.failure:
-            failures.append(written.failure)
-        elif out:
-            rows[names[path]] = rows.get(names[path], {}) | {"caption": written.captions}
-        else:
-            for text in written.captions:
-                print(f"{str(path).translate(escapes)}\t{text}", flush=True)
-        if out and (number % config.batch_size == 0 or number == len(paths)):
-            write_rows(out, rows)  # always whole, so never cut short
 
-    for failure in failures:
-        print(f"distcap: {str(failure).translate(escapes)}", file=sys.stderr)
-    if out:
-        done = f"{len(paths) - len(failures)} captioned, {len(failures)} failed"
-        print(f"distcap: {done}, {len(found) - len(paths)} had a caption", file=sys.stderr)
-    return 1 if failures else 0
-
-
-def write_paths(paths: Sequence[Path], config: CaptionConfig) -> Iterator[Written]:
-    """What becomes of each path, written as the flags say. Without any, no model is loaded."""
+def write_paths(paths: Sequence[Path], found: Sequence[Path],
+                config: CaptionConfig) -> Iterator[Written]:  # fmt: skip
+    """What becomes of each path, written as the flags say; of all that were found, those that have
+    a caption compete too. Without any path, no model is loaded."""
     if not paths:
         return
-    captioner, clip = load_models(config, config.rerank)
+    captioner, clip = load_models(config, config.rerank or config.scores)
+    start = len(captioner.start)
+    longest = config.max_length or max(20 - start, 5)
+    shortest = max(5 - start, 1) if config.min_length is None else config.min_length
+    limits = dict(min_new_tokens=min(shortest, longest), max_length=longest)
+    limits["repetition_penalty"] = config.repetition_penalty
+    limits["no_repeat_ngram_size"] = config.no_repeat_ngram_size
     count = config.samples or 8 * config.rerank
-    options = dict(max_length=config.max_length, repetition_penalty=config.repetition_penalty)
-    options["min_new_tokens"] = min(config.min_length, config.max_length)
-    if count:
-        options |= dict(count=count, temperature=config.temperature, top_p=config.top_p)
-    else:
-        options["beams"] = config.beams
-    write = functools.partial(captioner.sample if count else captioner.search, **options)
-    yield from write_captions(captioner, paths, config, write, clip)
+    drawing = dict(count=count, temperature=config.temperature, top_p=config.top_p)
+
+    def write(features: Tensor, pixels: Tensor) -> Tensor:
+        if count:
+            options = limits | drawing
+            return sample_by_picture(captioner, features, pixels, seed=config.seed, **options)
+        return captioner.search(features, beams=config.beams, **limits)
+
+    page = bool(config.out) and config.out.endswith(".html")
+    written_all = write_captions(captioner, paths, config, write, clip, found, page)
+    for written, path in zip(written_all, paths):
+        filled = [number for number, text in enumerate(written.captions) if text]
+        if not filled and not written.failure:
+            failure = UserError(f"{path}: the captioner wrote an empty caption")
+            written = written._replace(failure=failure)
+        texts = [f"{config.prefix}{written.captions[n]}{config.suffix}" for n in filled]
+        scores = {name: [each[n] for n in filled] for name, each in written.scores.items()}
+        yield written._replace(captions=texts, scores=scores)
 
 
 def evaluate_command(config: EvalConfig) -> None:
@@ -3428,10 +4074,16 @@ def ignored_flags(config: Decoding) -> dict[str, str]:
         sampling = config.samples or config.rerank
         reason = "samples" if config.samples or not config.rerank else "rerank"
         ignored = dict.fromkeys(["beams"] if sampling else ["temperature", "top_p"], reason)
-        if not config.rerank:
+        if not (config.rerank or config.scores):
             ignored["clip"] = "rerank"
-        if not config.out:
+        if not (config.out or config.sidecar):
             ignored["overwrite"] = "out"
+        if "-" not in config.paths:
+            ignored["null"] = "paths"
+        others = {"json": config.out or config.sidecar, "sidecar": config.out}
+        ignored |= {name: "out" if config.out else "sidecar" for name in others if others[name]}
+        if config.sidecar:  # a sidecar holds captions and nothing else: others read it
+            ignored["scores"] = "sidecar"
     elif isinstance(config, EvalConfig):
         if config.captions:
             ignored = dict.fromkeys([*DECODING, "batch_size"], "captions")
@@ -3496,9 +4148,15 @@ def check(config: Decoding, given: set[str]) -> None:
         if config.data == "toy" and config.clip and not config.captioner:
             own = "the toy world trains its own, unless --captioner is given too"
             raise UserError(f"--clip {config.clip}: {own}")
-    elif isinstance(config, EvalConfig) and not config.table and not config.data:
+        return
+    if isinstance(config, EvalConfig) and not config.table and not config.data:
         raise UserError("eval: which DATA? give a data set, or results with --table")
-    elif config.out:
+    longest = config.max_length or math.inf
+    if isinstance(config, CaptionConfig) and (config.min_length or 0) > longest:
+        raise UserError(f"--min-length {config.min_length}: is above --max-length {longest}")
+    if config.out is not None:
+        if not config.out:
+            raise UserError("--out: an empty name")
         if isinstance(config, EvalConfig):
             if not config.out.endswith(".json"):
                 raise UserError(f"--out {config.out}: must be a .json file")
@@ -3506,8 +4164,9 @@ def check(config: Decoding, given: set[str]) -> None:
                 for suffix in (".json", ".each.jsonl", ".captions.json"):
                     if Path(path).resolve() == Path(config.out).with_suffix(suffix).resolve():
                         raise UserError(f"--out {config.out}: would write over {path}")
-        if isinstance(config, CaptionConfig) and not config.out.endswith(".jsonl"):
-            raise UserError(f"--out {config.out}: must be a .jsonl file")
+        forms = (".jsonl", ".csv", ".html")
+        if isinstance(config, CaptionConfig) and not config.out.endswith(forms):
+            raise UserError(f"--out {config.out}: must be a .jsonl, .csv or .html file")
         if not Path(config.out).parent.is_dir():
             raise UserError(f"--out {config.out}: must be in a folder that exists; make it first")
 
@@ -3529,6 +4188,7 @@ TITLES = {TrainConfig: "training", CaptionConfig: "captioning", EvalConfig: "eva
 def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     """The parser of the command line, and those of its verbs: a flag for each setting."""
     parser = Parser("distcap", description="Distinctive image captioning with RL and CLIP.")
+    parser.add_argument("--version", action="version", version=version("distcap"))
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,caption,eval}")
     parsers = {}
     for verb, (cls, _) in VERBS.items():
@@ -3581,10 +4241,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[str, Decoding, set
 
 def join_processes(config: Decoding) -> Decoding:
     """Meet the other processes that torchrun has started: each has a GPU of its own, or none has.
-    Returns the settings with the device of this one."""
+    Returns the settings with the device of this one. To caption, they need not meet: each takes
+    its part of the pictures."""
     if config.device == "cuda":
         config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(config.device)
+    if isinstance(config, CaptionConfig):
+        shard = int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"])
+        return dataclasses.replace(config, shard=shard)
     with explain("torchrun: the processes do not meet"):
         torch.distributed.init_process_group("nccl" if "cuda" in config.device else "gloo")
     return config
@@ -3592,11 +4256,14 @@ def join_processes(config: Decoding) -> Decoding:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 some inputs failed, 2 a mistake."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as set where this file begins
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     verb, config, given = parse_arguments(arguments)
     logging.getLogger().setLevel(logging.CRITICAL)  # the libraries announce what they load
     logging.captureWarnings(True)  # and Pillow warns of what it reads all the same
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # it was closed
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         # Names need not be UTF-8. A notebook's streams cannot be changed, and need not be.
         getattr(stream, "reconfigure", dict)(encoding="utf-8", errors="surrogateescape")
@@ -3613,7 +4280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"distcap: {config.device} has too little memory; try {remedy}", file=sys.stderr)
         return 2
     except (UserError, OSError) as error:  # a full disk or a forbidden folder is no bug of ours
-        print(f"distcap: {error}", file=sys.stderr)
+        say(str(error))
         return 2
 
 

@@ -114,16 +114,50 @@ def test_small_values_in_deep_pictures_are_not_black():
     for mode, value in (("I", 200), ("F", 200.0), ("F", 0.8), ("I", 1)):
         picture = Image.new(mode, (4, 4), value)
         assert distcap.load_image(picture).getpixel((0, 0))[0] >= 200
-    dark = Image.new("I;16", (4, 4), 200)  # 16 bits say what white is
-    assert distcap.load_image(dark).getpixel((0, 0))[0] <= 1
+
+
+def test_a_deep_picture_that_uses_a_part_of_its_range_is_stretched_to_all_of_it():
+    """A camera's 12 bits, a scanner's window, a mask of zeros and ones; and a pixel that is stuck,
+    or no number at all, decides nothing."""
+
+    def shown(values, dtype):
+        grey = distcap.load_image(Image.fromarray(numpy.asarray(values, dtype)))
+        return numpy.asarray(grey)[..., 0].astype(int)
+
+    ramp = numpy.linspace(0, 1, 4096).reshape(64, 64)
+    wanted = shown(ramp * 255, numpy.float32)
+    assert (wanted.min(), wanted.max()) == (0, 255) and wanted[1, 0] == 4
+    for values in (ramp * 4095, 30000 + ramp * 1000):
+        stuck = values.copy()
+        stuck[0, 0] = 65535
+        assert abs(shown(values, numpy.uint16) - wanted).max() <= 2
+        assert abs(shown(stuck, numpy.uint16) - wanted)[1:].max() <= 2
+    board = numpy.indices((8, 8)).sum(axis=0) % 2
+    assert (shown(board, numpy.uint16) == 255 * board).all()
+    floats = 2 * ramp - 1
+    floats[0, :2] = 1e9, numpy.nan
+    assert abs(shown(floats, numpy.float32) - wanted)[1:].max() <= 2
+    stars = numpy.zeros((64, 64))
+    stars[5, 5] = 60000
+    assert shown(stars, numpy.uint16).max() > 200
+    assert (shown(100 + 0 * ramp, numpy.uint16) == 100).all()  # nothing to stretch
 
 
 def test_transparency_is_white_and_exif_rotation_is_applied(tmp_path):
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert distcap.load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    half.putpixel((3, 3), (255, 0, 0, 255))
+    half.save(tmp_path / "half.png")
+    assert distcap.load_image(tmp_path / "half.png").getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("P", (4, 4), 0)
-    palette.save(tmp_path / "clear.gif", transparency=0)
-    assert distcap.load_image(tmp_path / "clear.gif").getpixel((0, 0)) == (255, 255, 255)
+    palette.putpixel((3, 3), 1)
+    palette.save(tmp_path / "half.gif", transparency=0)
+    assert distcap.load_image(tmp_path / "half.gif").getpixel((0, 0)) == (255, 255, 255)
+    # Transparent all over, it would be a white sheet: what it hides is shown.
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert distcap.load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 0, 0)
+    grey = Image.fromarray(numpy.array([[0, 300], [40000, 65535]], numpy.uint16))
+    grey.save(tmp_path / "deep.png", transparency=300)
+    assert distcap.load_image(tmp_path / "deep.png").getpixel((1, 0)) == (255, 255, 255)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees
     Image.new("RGB", (10, 20)).save(tmp_path / "turned.jpg", exif=exif)
@@ -140,7 +174,7 @@ def test_broken_pictures_raise(tmp_path):
 
 
 def test_find_images_takes_files_and_folders_in_order_each_once(tmp_path):
-    hidden = (".hidden.png", ".cache/d.png")
+    hidden = (".hidden.png", ".cache/d.png", "film.mp4")
     for name in ("b.JPG", "a.png", "deep/c.webp", "notes.txt", *hidden, "deep/e.TIFF"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -149,6 +183,12 @@ def test_find_images_takes_files_and_folders_in_order_each_once(tmp_path):
     assert [path.name for path in found] == ["b.JPG", "a.png", "c.webp", "e.TIFF"]
     shallow = distcap.find_images([str(tmp_path)], recursive=False)
     assert [path.name for path in shallow] == ["a.png", "b.JPG"]
+    notes = []
+    distcap.find_images([str(tmp_path)], notes=notes)
+    assert notes == [
+        f"{tmp_path}/deep/round: a link to a folder, not followed",
+        "files passed over, not pictures by their suffix: 1 .mp4",
+    ]
     named = distcap.find_images([str(tmp_path / ".hidden.png"), str(tmp_path / "notes.txt")])
     assert [path.name for path in named] == [".hidden.png", "notes.txt"]  # what is named is meant
 
@@ -355,7 +395,8 @@ def test_other_pictures_are_read_in_full_and_turned_as_before(tmp_path):
     path = photograph(tmp_path / "turned.jpg", (1600, 1000), exif=exif)
     assert distcap.load_image(path, 100).size == (250, 400)
     Image.new("RGB", (900, 600)).save(tmp_path / "a.png")
-    assert distcap.load_image(tmp_path / "a.png", 32).size == (900, 600)
+    assert distcap.load_image(tmp_path / "a.png").size == (900, 600)
+    assert distcap.load_image(tmp_path / "a.png", 32).size == (100, 67)  # a ninth: at least 64
     Image.new("RGB", (90, 60)).save(tmp_path / "small.jpg")
     assert distcap.load_image(tmp_path / "small.jpg", 384).size == (90, 60)
     assert distcap.load_image(Image.new("L", (90, 60)), 32).size == (90, 60)  # in memory

@@ -1,5 +1,6 @@
 """A folder with a picture of every kind, and a broken one of every kind, is captioned."""
 
+import importlib.util
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from PIL import Image, features
 
 import distcap
 
+HEIC = importlib.util.find_spec("pillow_heif") is not None
 NOISE = Image.effect_noise((40, 30), 90)
 FLIPPED = NOISE.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
 COLOUR = Image.merge("RGB", (NOISE, NOISE.rotate(180), FLIPPED))
@@ -21,7 +23,10 @@ PALETTE = COLOUR.quantize(8)
 NOT_UTF8 = os.fsdecode(b"caf\xe9.png")
 ROTATED = Image.Exif()
 ROTATED[0x0112] = 6  # orientation
-SUFFIXES = "jpg jpeg png webp bmp gif tiff".split()
+SUFFIXES = "jpg jpeg png webp bmp gif tiff jfif jpe jp2 ppm pgm tga pcx sgi ico qoi".split()
+SUFFIXES = [each for each in SUFFIXES if each != "jp2" or features.check("jpg_2000")]
+TRANSPARENT = COLOUR.convert("RGBA")
+TRANSPARENT.putalpha(0)
 NAMES = ["A.JPG", "日本 é.png", NOT_UTF8, "tab\there.png", "new\nline.png", "  two  spaces .png"]
 NAMES += ["several.dots.tar.gz.png"]
 NESTED = ["nested.png/a.jpg", "nested.png/deeper/a.png"]  # a folder named as a picture
@@ -35,6 +40,7 @@ GOOD = {  # name: (picture, how to save it)
     **{f"{mode}.tiff": (NOISE.convert(mode), {}) for mode in ("PA", "F", "I;16")},
     "CMYK.jpg": (COLOUR.convert("CMYK"), {}),
     "RGBA.png": (COLOUR.convert("RGBA"), {}),
+    "transparent all over.png": (TRANSPARENT, {}),
     "P transparent.png": (PALETTE, {"transparency": bytes(range(0, 256, 32))}),
     "P transparent.gif": (PALETTE, {"transparency": 3}),
     "RGB transparent.png": (COLOUR, {"transparency": COLOUR.getpixel((0, 0))}),
@@ -55,8 +61,8 @@ def chunk(kind, data):
 IHDR = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0))
 BOMB = b"\x89PNG\r\n\x1a\n" + IHDR + chunk(b"IDAT", zlib.compress(bytes(999))) + chunk(b"IEND", b"")
 BROKEN = {  # name: (its bytes or, if made below, None; what the reason must say)
-    "empty.jpg": (b"", "cannot identify"),
-    "empty.gif": (b"", "cannot identify"),
+    "empty.jpg": (b"", "an empty file"),
+    "empty.gif": (b"", "an empty file"),
     "truncated.jpg": (".jpg", "truncated"),
     "truncated.png": (".png", "truncated"),
     "truncated.tiff": (".tiff", ""),  # libtiff and Pillow word it in many ways
@@ -65,10 +71,12 @@ BROKEN = {  # name: (its bytes or, if made below, None; what the reason must say
     "page.png": (b"<!DOCTYPE html><title>404 Not Found</title>", "cannot identify"),
     "random.webp": (bytes(n * n % 251 for n in range(999)), "cannot identify"),
     "bomb.png": (BOMB, "decompression bomb"),
-    "pipe.png": (None, "no such file"),
-    "dangling.jpg": (None, "no such file"),
+    "pipe.png": (None, "not a file"),
+    "dangling.jpg": (None, "No such file"),
     "denied.png": (".png", "Permission denied"),
-    "vanished.png": (".png", "no such file"),
+    "phone.heic": (b"\0\0\0 ftypheic" + bytes(99), "cannot identify" if HEIC else "pillow-heif"),
+    "program.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0", "PostScript"),
+    "vanished.png": (".png", "No such file"),
 }
 
 
@@ -82,7 +90,8 @@ def folder(tmp_path, monkeypatch):
         picture.save(folder / name, **how)
     for path in (outside / "a.png", folder / ".hidden.png", folder / ".hidden/a.png"):
         COLOUR.save(path)
-    (folder / "notes.txt").write_text("no picture, and not called one")
+    for name in ("notes.txt", "film.mp4"):
+        (folder / name).write_text("no picture, and not called one")
     (folder / LINKED).symlink_to(outside / "a.png")
     (folder / "nested.png/loop").symlink_to(folder, target_is_directory=True)
     for name, (content, _) in BROKEN.items():
@@ -117,6 +126,7 @@ def complaints(stderr, folder):
     """The names that standard error gives as broken, in order, each with its reason."""
     lines = os.fsdecode(stderr).split("\n")
     lines = [line for line in lines if line.startswith(f"distcap: {folder}")]
+    lines = [line for line in lines if "a link to a folder" not in line]
     form = re.compile(rf"distcap: {re.escape(str(folder))}/(.+?): (.*\S.*)")
     found = [form.fullmatch(line).groups() for line in lines]
     return [(name.replace("\\n", "\n"), why) for name, why in found]
@@ -138,7 +148,9 @@ def test_every_good_picture_is_captioned_and_every_broken_one_listed(
     listed = complaints(streams.err, folder)
     assert [name for name, _ in listed] == sorted(BROKEN)
     assert [(name, why) for name, why in listed if BROKEN[name][1] not in why] == []
-    assert streams.err.count(b"distcap:") == len(BROKEN)
+    notes = [b"nested.png/loop: a link to a folder", b"files passed over"]
+    assert all(streams.err.count(note) == 1 for note in notes)
+    assert streams.err.count(b"distcap:") == len(BROKEN) + len(notes)
 
     out = tmp_path / "x.jsonl"
     # Started again, only the broken ones are tried again.
@@ -169,7 +181,7 @@ def test_worker_processes_change_nothing(run, folder, capsysbinary):
         assert distcap.main([*command, "--batch-size", "9", "--workers", workers]) == 1
         said.append(capsysbinary.readouterr())
     assert said[0] == said[1]
-    assert said[0].err.count(b"\n") == len(BROKEN)
+    assert said[0].err.count(b"\n") == len(BROKEN) + 2  # and what was passed over
 
 
 def test_piped_into_head_it_ends_quietly(run, tmp_path):

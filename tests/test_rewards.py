@@ -147,6 +147,14 @@ class FakeCLIP:
         return torch.tensor([[float(x) for x in caption.split()] for caption in captions])
 
 
+def reranked(texts, images):
+    """Of as many captions of each image the best, all competing."""
+    count = len(texts) // len(images)
+    index = torch.arange(len(images)).repeat_interleave(count)
+    rewards = distcap.caption_scores(texts, FakeCLIP(), images, index)["reward"]
+    return [texts[place] for place in distcap.rerank(texts, rewards, count)]
+
+
 def test_reranking_keeps_the_caption_with_the_highest_eq_6_among_all():
     torch.manual_seed(3)
     images = torch.nn.functional.normalize(torch.randn(4, 3), dim=1)
@@ -155,16 +163,33 @@ def test_reranking_keeps_the_caption_with_the_highest_eq_6_among_all():
     index = torch.arange(4).repeat_interleave(5)
     slow = slow_contrastive_reward(captions.view(-1, 3), images, index, 10.0, "both").view(4, 5)
     best = [texts[5 * image + slow[image].argmax()] for image in range(4)]
-    assert distcap.rerank(texts, FakeCLIP(), images) == best
-    assert distcap.rerank(
-        texts[:5], FakeCLIP(), images[:1]
-    )  # one picture: the others' part is empty
+    assert reranked(texts, images) == best
+    assert reranked(texts[:5], images[:1])  # one picture: the others' part is empty
 
 
 def test_reranking_prefers_what_tells_the_pictures_apart_to_what_fits_both():
     images = torch.nn.functional.normalize(torch.tensor([[1.0, 0.2], [0.2, 1.0]]), dim=1)
     both, first, second = "0.7071 0.7071", "1 0", "0 1"
-    assert distcap.rerank([both, first, both, second], FakeCLIP(), images) == [first, second]
+    assert reranked([both, first, both, second], images) == [first, second]
+
+
+def test_reranking_never_keeps_an_empty_caption():
+    assert distcap.rerank(["", "a", "b", ""], torch.tensor([9.0, 1.0, 2.0, 3.0]), 2) == [1, 2]
+
+
+def test_scores_of_captions_among_more_images_than_they_describe():
+    """Two captions of a batch, five images of the call: cosine, rank and Eq. 6 by slow loops."""
+    images = torch.nn.functional.normalize(torch.randn(5, 3), dim=1)
+    captions = torch.nn.functional.normalize(torch.randn(2, 3), dim=1)
+    texts = [" ".join(map(repr, row.tolist())) for row in captions]
+    index = torch.tensor([3, 1])
+    scores = distcap.caption_scores(texts, FakeCLIP(), images, index)
+    slow = slow_contrastive_reward(captions, images, index, 10.0, "both")
+    torch.testing.assert_close(scores["reward"], slow)
+    for row, own in enumerate(index.tolist()):
+        cosines = [float(captions[row] @ image) for image in images]
+        assert scores["cosine"][row].item() == pytest.approx(cosines[own], abs=1e-6)
+        assert scores["rank"][row] == 1 + sum(each > cosines[own] for each in cosines)
 
 
 def test_group_advantages_by_hand_and_by_a_slow_loop():

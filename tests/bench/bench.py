@@ -170,7 +170,7 @@ def bench_caption(checkpoint: str, paths: list[Path], batch_size: int, rounds: i
         pictures = [distcap.load_image(path, captioner.side) for path in some]
         batches.append(captioner.pixels(pictures))
 
-    def write(features: torch.Tensor) -> torch.Tensor:
+    def write(features: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return captioner.search(features, LENGTH, beams=BEAMS)
 
     def run_distcap(warm_up: bool) -> None:
@@ -192,7 +192,7 @@ def bench_caption(checkpoint: str, paths: list[Path], batch_size: int, rounds: i
     @torch.no_grad()
     def run_model(warm_up: bool) -> None:
         some = [batches[0][:2]] if warm_up else batches
-        tokens = [write(captioner.encode(pixels)) for pixels in some]
+        tokens = [write(captioner.encode(pixels), pixels) for pixels in some]
         captions = [caption for each in tokens for caption in captioner.decode(each)]
         check_work(captions, sum(len(pixels) for pixels in some))
 

@@ -17,7 +17,6 @@ on that, so keep it.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -288,11 +287,16 @@ def write_captions(
 ) -> list[str]:
     """The captions of the test pictures: greedy, or with a `clip` the best of 8 samples."""
     captioner = distcap.Captioner.load(str(folder))
-    config = distcap.CaptionConfig(seed=seed, batch_size=64, workers=0, device="cpu")
-    write = functools.partial(captioner.greedy, max_length=config.max_length)
-    if clip:
-        drawing = dict(count=8, temperature=config.temperature)
-        write = functools.partial(captioner.sample, max_length=config.max_length, **drawing)
+    settings = dict(seed=seed, batch_size=64, workers=0, device="cpu", rerank=bool(clip))
+    config = distcap.CaptionConfig(**settings)
+    longest = distcap.TrainConfig.max_length
+
+    def write(features: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        if not clip:
+            return captioner.greedy(features, longest)
+        drawing = dict(count=8, temperature=config.temperature, seed=seed)
+        return distcap.sample_by_picture(captioner, features, pixels, longest, **drawing)
+
     images = [example.image for example in examples]
     found = distcap.write_captions(captioner, images, config, write, clip)
     return [written.captions[0] for written in found]

@@ -1,0 +1,319 @@
+"""What `distcap caption` leaves: tables, sidecars, pages; its scores and samples; its memory."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+
+import distcap
+
+NAMES = ["a.png", "b <i>&\"'.png", "new\nline.png", "  spaces .png", os.fsdecode(b"caf\xe9.png")]
+
+
+@pytest.fixture
+def pictures(run, tmp_path):
+    """A folder of five pictures, whose names are no trouble, and one that cannot be read."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, source in zip(NAMES, sorted((run / "test").glob("*.png"))):
+        shutil.copy(source, folder / name)
+    (folder / "z broken.png").write_text("no picture")
+    return folder
+
+
+def caption(run, *arguments):
+    command = ["caption", *map(str, arguments), "--captioner", str(run), "--device", "cpu"]
+    return distcap.main([*command, "--workers", "0"])
+
+
+def read(path):
+    """{name: captions} of a table in any form."""
+    return {name: row.captions for name, row in distcap.read_table(path).items()}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".html"])
+def test_every_form_holds_every_good_picture_once_in_order(run, pictures, tmp_path, suffix, capsys):
+    assert caption(run, pictures, "--json", "--samples", "2", "--scores") == 1
+    wanted = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "cannot identify" in wanted[-1]["error"]
+    out = tmp_path / f"x{suffix}"
+    assert caption(run, pictures, "--out", out, "--samples", "2", "--scores") == 1
+    assert "5 captioned, 1 failed, 0 had a caption" in capsys.readouterr().err
+    names = [f"pictures/{name}" for name in sorted(NAMES)]
+    rows = distcap.read_table(out)
+    assert list(rows) == names
+    for row, other in zip(rows.values(), wanted):
+        assert row.captions == other["caption"]
+        for score in distcap.SCORES:
+            assert [float(each) for each in row.more[score]] == other[score]
+    whole = out.read_bytes()
+    assert caption(run, pictures, "--out", out, "--samples", "2", "--scores") == 1
+    assert "0 captioned, 1 failed, 5 had a caption" in capsys.readouterr().err
+    assert out.read_bytes() == whole and not list(tmp_path.glob("*.lock"))
+
+
+def test_what_has_a_caption_still_competes(run, pictures, tmp_path, capsys):
+    """Else a picture's rank would be another one after a run that was stopped."""
+    out = tmp_path / "x.jsonl"
+    caption(run, pictures, "--out", out, "--scores")
+    whole = [row.more["rank"] for row in distcap.read_table(out).values()]
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:3]))
+    caption(run, pictures, "--out", out, "--scores")
+    assert [row.more["rank"] for row in distcap.read_table(out).values()] == whole
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".html"])
+def test_a_table_cut_short_anywhere_between_rows_is_completed(run, pictures, tmp_path, suffix):
+    """As a kill leaves it: a row is a single write."""
+    out = tmp_path / f"x{suffix}"
+    caption(run, pictures, "--out", out)
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    first = next(n for n, line in enumerate(lines) if b"a.png" in line)
+    out.write_bytes(b"".join(lines[: first + 1]))
+    assert len(read(out)) == (2 if suffix == ".jsonl" else len(read(out))) > 0
+    caption(run, pictures, "--out", out)
+    assert out.read_bytes() == whole
+
+
+def test_a_table_with_other_columns_is_filled_under_its_own_names(run, pictures, tmp_path):
+    table = tmp_path / "x.csv"
+    table.write_text("image,licence,text\npictures/a.png,free,\nelsewhere.png,3,mine\n")
+    caption(run, pictures / "a.png", pictures / NAMES[1], "--out", table)
+    rows = list(csv.DictReader(table.open(newline="")))
+    assert [row["image"] for row in rows] == ["pictures/a.png", "elsewhere.png", rows[2]["image"]]
+    assert [row["licence"] for row in rows] == ["free", "3", ""] and rows[1]["text"] == "mine"
+    assert all(row["text"] for row in rows)
+
+
+def test_rows_that_one_row_cannot_hold_are_not_merged(run, pictures, tmp_path, capsys):
+    table = tmp_path / "x.csv"
+    table.write_text("image,by,text\npictures/a.png,Ann,one\npictures/a.png,Bob,two\n")
+    assert caption(run, pictures / NAMES[1], "--out", table) == 2
+    assert "row 3: pictures/a.png" in capsys.readouterr().err and "Bob" in table.read_text()
+
+
+def test_overwriting_keeps_the_old_rows_until_it_is_done(run, pictures, tmp_path, monkeypatch):
+    out = tmp_path / "x.jsonl"
+    out.write_text('{"file_name": "pictures/a.png", "caption": ["mine"], "licence": 3}\n')
+    old = out.read_bytes()
+
+    def stop(paths, found, config, write=distcap.write_paths):
+        written = write(paths, found, config)
+        yield next(written)
+        yield next(written)
+        assert out.read_bytes() == old
+        raise RuntimeError("as if it had been killed")
+
+    monkeypatch.setattr(distcap, "write_paths", stop)
+    with pytest.raises(RuntimeError):
+        caption(run, pictures, "--out", out, "--overwrite")
+    assert out.read_bytes() == old
+    monkeypatch.undo()
+    assert caption(run, pictures, "--out", out) == 1
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows[0]["licence"] == 3 and rows[0]["caption"] != ["mine"] and len(rows) == 5
+    assert [path.name for path in tmp_path.glob("x*")] == ["x.jsonl"]
+
+
+def test_shards_together_are_the_whole(run, pictures, tmp_path):
+    out = tmp_path / "x.csv"
+    for part in ("1/2", "2/2"):
+        caption(run, pictures, "--out", out, "--shard", part)
+    assert not out.exists() and len(list(tmp_path.glob("x.?-of-2.csv"))) == 2
+    caption(run, pictures, "--out", out)
+    caption(run, pictures, "--out", tmp_path / "y.csv")
+    assert out.read_bytes() == (tmp_path / "y.csv").read_bytes()
+    assert not list(tmp_path.glob("x.?-of-2.csv"))
+
+
+def test_a_second_process_is_refused_in_one_line(run, pictures, tmp_path, capsys):
+    out = tmp_path / "x.jsonl"
+    with FileLock(f"{out}.lock"):
+        assert caption(run, pictures, "--out", out) == 2
+    streams = capsys.readouterr()
+    assert streams.err.count("\n") == 1 and "another distcap" in streams.err and not out.exists()
+
+
+def test_sidecars_are_skipped_where_they_hold_a_text(run, pictures, capsys):
+    (pictures / "a.txt").write_text("mine\n")
+    assert caption(run, pictures, "--sidecar", ".txt", "--prefix", "A photo: ") == 1
+    assert "4 captioned, 1 failed, 1 had a caption" in capsys.readouterr().err
+    assert (pictures / "a.txt").read_text() == "mine\n"
+    assert (pictures / "  spaces .txt").read_text().startswith("A photo: ")
+    assert len(list(pictures.glob("*.txt"))) == 5
+    Image.new("RGB", (9, 9)).save(pictures / "a.jpg")
+    assert caption(run, pictures, "--sidecar", ".txt") == 2
+    assert "would share" in capsys.readouterr().err
+
+
+def test_a_link_is_followed_and_a_full_disk_leaves_whole_rows(run, pictures, tmp_path, capsys):
+    real, link = tmp_path / "real.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(real)
+    caption(run, pictures, "--out", link)
+    assert link.is_symlink() and len(read(real)) == 5
+    whole, size = real.read_bytes(), real.stat().st_size
+    real.unlink()
+    limit = f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({size - 9}, -1)); "
+    limit += "import signal as s; s.signal(s.SIGXFSZ, s.SIG_IGN); import distcap; "
+    command = ["caption", str(pictures), "--captioner", str(run), "--workers", "0", "--out"]
+    code = limit + f"raise SystemExit(distcap.main({[*command, str(real)]}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert whole.startswith(real.read_bytes()) and len(read(real)) == 4
+
+
+# ---- Samples, scores, memory ---------------------------------------------------------------------
+def test_a_picture_gets_its_own_sample_whatever_batch_order_or_name(run, pictures, capsys):
+    def drawn(*arguments):
+        caption(run, *arguments, "--samples", "2", "--temperature", "1")
+        lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+        return {(name, n % 2): text for n, (name, text) in enumerate(lines)}
+
+    paths = [pictures / name for name in NAMES[:4]]
+    together = drawn(*paths)
+    assert together == drawn(*paths[::-1]) == drawn(*paths, "--batch-size", "2")
+    assert drawn(*paths, "--seed", "1") != together
+    shutil.copy(paths[0], pictures / "copy.png")
+    alone = drawn(pictures / "copy.png")
+    assert list(alone.values()) == list(together.values())[:2]
+
+
+def test_samples_follow_the_captioners_own_distribution(captioner, world):
+    """The first token of 6,000 samples against p, by chi-square: 3 deviations above its mean."""
+    pixels = captioner.pixels([world[0].image])
+    features = captioner.encode(pixels)
+    for temperature in (1.0, 0.5):
+        draw = dict(max_length=1, count=6000, temperature=temperature)
+        tokens = distcap.sample_by_picture(captioner, features, pixels, **draw)[:, -1]
+        start = torch.tensor([captioner.start])
+        inputs = captioner.inputs(features, start, torch.tensor([0]))
+        p = (captioner.writer(**inputs).logits[0, -1] / temperature).softmax(dim=0)
+        seen = torch.bincount(tokens, minlength=len(p))
+        expected = 6000 * p
+        statistic = ((seen - expected) ** 2 / expected)[expected > 5].sum().item()
+        freedom = int((expected > 5).sum()) - 1
+        assert statistic < freedom + 3 * (2 * freedom) ** 0.5
+
+
+def test_reranking_does_not_depend_on_who_shares_the_batch(run, capsys):
+    """The pictures that compete are those of the call; of the captions' half, a batch's captions
+    are a baseline, which does not choose among one picture's."""
+    kept = []
+    for size in ("3", "40"):
+        assert caption(run, run / "test", "--rerank", "--batch-size", size) == 0
+        kept.append(capsys.readouterr().out.splitlines())
+    assert sum(one != other for one, other in zip(*kept)) <= 2
+
+
+def test_scarce_memory_halves_the_batch_and_at_one_names_the_file(
+    run, pictures, capsys, monkeypatch
+):
+    assert caption(run, pictures, "--json") == 1
+    wanted = capsys.readouterr().out.splitlines()
+    encode, sizes = distcap.Captioner.encode, []
+
+    def scarce(captioner, pixels, most=2):
+        sizes.append(len(pixels))
+        if len(pixels) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return encode(captioner, pixels)
+
+    monkeypatch.setattr(distcap.Captioner, "encode", scarce)
+    assert caption(run, pictures, "--json", "--batch-size", "8") == 1
+    streams = capsys.readouterr()
+    assert streams.out.splitlines() == wanted and sizes == [5, 4, 2, 2, 1]
+    assert streams.err.count("going on with --batch-size") == 2
+    monkeypatch.setattr(scarce, "__defaults__", (0,))
+    assert caption(run, pictures / "a.png", "--batch-size", "1") == 1
+    assert "a.png: not enough memory" in capsys.readouterr().err
+
+
+def test_an_empty_caption_is_a_failure(run, pictures, tmp_path, capsys, monkeypatch):
+    decode = distcap.Captioner.decode
+    monkeypatch.setattr(
+        distcap.Captioner, "decode", lambda *given: ["", *decode(*given)[1:]], raising=True
+    )
+    out = tmp_path / "x.jsonl"
+    assert caption(run, pictures, "--out", out) == 1
+    assert "wrote an empty caption" in capsys.readouterr().err and len(read(out)) == 4
+
+
+# ---- A page ------------------------------------------------------------------------------------
+class Page(HTMLParser):
+    """The links, the addresses of pictures and the texts of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.sources, self.texts = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for name, value in attributes if name == "href"]
+        self.sources += [value for name, value in attributes if name == "src"]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_a_page_links_every_picture_and_escapes_every_name(run, pictures, tmp_path):
+    caption(run, pictures, "--out", tmp_path / "x.html")
+    text = (tmp_path / "x.html").read_text()
+    page = Page(text)
+    assert len(page.links) == len(page.sources) == 5
+    for link in page.links:
+        assert os.path.exists(tmp_path / os.fsdecode(distcap.urllib.parse.unquote_to_bytes(link)))
+    assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
+    assert "pictures/b <i>&\"'.png" in page.texts and "<i>" not in text
+    assert "Failures: 1" in page.texts and "z broken.png" in page.texts[-2]
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium is installed to look at the page")
+def test_a_browser_shows_the_page_without_a_complaint(run, pictures, tmp_path):
+    caption(run, pictures, "--out", tmp_path / "x.html")
+    probe = "<script>onload = () => document.title = 'loaded ' + "
+    probe += "[...document.images].filter(each => each.naturalWidth > 0).length</script>"
+    page = tmp_path / "probe.html"
+    page.write_text((tmp_path / "x.html").read_text().replace(' loading="lazy"', "") + probe)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
+    done = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=60)
+    assert "<title>loaded 5</title>" in done.stdout
+    assert not re.search("CONSOLE", done.stderr)
+
+
+def test_a_run_leaves_a_report_with_curves_and_pictures(run, tmp_path):
+    shutil.copy(run / "log.jsonl", tmp_path)
+    results = json.loads((run / "results.json").read_text())
+    results = {row: results[row] for row in ("before", "after")}
+    test = distcap.read_examples(str(run / "test"))
+    captions = {row: [f"{row} <b> {n}" for n in range(len(test))] for row in results}
+    distcap.write_report(tmp_path, results, captions, test)
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert len(page.sources) == 24 and text.count("<polyline") == 2
+    assert "after: after <b> 23" in page.texts and "oracle_R@1" in text
+    assert distcap.curve("flat", [1.0, 1.0, None]).count("120.0") == 2  # all at the bottom
+    assert distcap.curve("nothing", [None]) == ""
+
+
+def test_version_and_a_bar_that_is_not_asked_for(run, capsys):
+    with pytest.raises(SystemExit):
+        distcap.main(["--version"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
+    script = [sys.executable, Path(distcap.__file__), "caption", run / "test", "--captioner", run]
+    done = subprocess.run([*script, "--quiet"], capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.count("\n") == 40
