@@ -1972,7 +1972,8 @@ class Bar(tqdm):
 
     def __init__(self, *arguments, **options) -> None:
         terminal = sys.stderr.isatty()
-        pace = dict(dynamic_ncols=True) if terminal else dict(mininterval=30, delay=30, ncols=100)
+        pace = dict(mininterval=30, miniters=1, delay=30, ncols=100)
+        pace = dict(dynamic_ncols=True) if terminal else pace
         super().__init__(*arguments, **pace | options)
 
     @staticmethod
