@@ -4152,12 +4152,9 @@ def check(config: Decoding, given: set[str]) -> None:
         return
     if isinstance(config, EvalConfig) and not config.table and not config.data:
         raise UserError("eval: which DATA? give a data set, or results with --table")
-    longest = config.max_length or math.inf
-    if isinstance(config, CaptionConfig) and (config.min_length or 0) > longest:
-        raise UserError(f"--min-length {config.min_length}: is above --max-length {longest}")
+    if isinstance(config, CaptionConfig):
+        check_caption(config)
     if config.out is not None:
-        if not config.out:
-            raise UserError("--out: an empty name")
         if isinstance(config, EvalConfig):
             if not config.out.endswith(".json"):
                 raise UserError(f"--out {config.out}: must be a .json file")
@@ -4165,11 +4162,17 @@ def check(config: Decoding, given: set[str]) -> None:
                 for suffix in (".json", ".each.jsonl", ".captions.json"):
                     if Path(path).resolve() == Path(config.out).with_suffix(suffix).resolve():
                         raise UserError(f"--out {config.out}: would write over {path}")
-        forms = (".jsonl", ".csv", ".html")
-        if isinstance(config, CaptionConfig) and not config.out.endswith(forms):
-            raise UserError(f"--out {config.out}: must be a .jsonl, .csv or .html file")
         if not Path(config.out).parent.is_dir():
             raise UserError(f"--out {config.out}: must be in a folder that exists; make it first")
+
+
+def check_caption(config: CaptionConfig) -> None:
+    """What `check` refuses of `distcap caption` alone."""
+    longest = config.max_length or math.inf
+    if (config.min_length or 0) > longest:
+        raise UserError(f"--min-length {config.min_length}: is above --max-length {longest}")
+    if config.out is not None and not config.out.endswith((".jsonl", ".csv", ".html")):
+        raise UserError(f"--out {config.out}: must be a .jsonl, .csv or .html file")
 
 
 class Parser(argparse.ArgumentParser):

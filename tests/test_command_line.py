@@ -479,7 +479,7 @@ def test_ctrl_c_ends_quietly(run):
         (["caption", "nowhere"], "nowhere: no such file or folder"),
         (["caption", "EMPTY"], "no pictures in this folder"),
         (["caption", "EMPTY", "--out", "x.txt"], "x.txt: must be a .jsonl, .csv or .html file"),
-        (["caption", "EMPTY", "--out="], "--out: an empty name"),
+        (["caption", "EMPTY", "--out="], "--out : must be a .jsonl"),
         (["caption", ""], "'': no such file or folder"),
         (["caption", "https://x.org/a.jpg"], "a web address; download"),
         (["caption", "EMPTY", "--shard", "5/4"], "--shard: 5/4 must be like 1/4"),

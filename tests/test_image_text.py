@@ -525,9 +525,9 @@ def test_memory_that_is_too_small_is_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(distcap.Captioner, "encode", fail)
     monkeypatch.setattr(distcap.ImageText, "encode", fail)
     command = ["caption", str(tmp_path / "x.png"), "--captioner", str(tmp_path)]
-    assert distcap.main([*command, "--device", "cpu"]) == 2
+    assert distcap.main([*command, "--device", "cpu"]) == 1  # the batch was halved down to one
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "cpu has too little memory; try a smaller --batch-size" in error
+    assert "x.png: not enough memory for it" in error
 
 
 def test_train_only_names_what_it_does_not_find(captioner):
