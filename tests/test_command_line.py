@@ -485,7 +485,7 @@ def test_ctrl_c_ends_quietly(run):
         (["caption", "EMPTY", "--shard", "5/4"], "--shard: 5/4 must be like 1/4"),
         (["caption", "x", "--min-length", "9", "--max-length", "5"], "--min-length 9: is above"),
         (["caption", "EMPTY", "--out", "no/x.jsonl"], "in a folder that exists"),
-        (["eval", "EMPTY", "--captioner", "x"], "no pictures in this folder"),
+        (["eval", "EMPTY", "--captioner", "x"], "pictures and no captions"),
         (["eval"], "DATA"),
         (["paint"], "paint"),
         ([], "distcap --help"),
