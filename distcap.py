@@ -4214,13 +4214,14 @@ def add_flag(group, field: dataclasses.Field) -> None:
     if "nargs" in options and "action" not in options:
         group.add_argument(field.name, metavar=field.name.upper(), **options)
         return
-    if field.default is not None:
-        default = field.default
-        default = " ".join(default) if isinstance(default, tuple) else default
+    default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+    if isinstance(default, bool):
+        options = dict(help=options["help"], action="store_true", default=None)
+        if default:  # a flag to switch it off, too
+            options["action"] = argparse.BooleanOptionalAction
+    elif default not in (None, ""):
         options["help"] += f" (default: {default})"
-    if isinstance(field.default, bool):
-        options = dict(help=options["help"], action=argparse.BooleanOptionalAction)
-    elif "choices" not in options and "metavar" not in options:
+    if "type" in options and "metavar" not in options:
         options["metavar"] = {"int": "N", "float": "X"}.get(options["type"].__name__, "TEXT")
     group.add_argument("--" + field.name.replace("_", "-"), **options)
 
