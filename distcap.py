@@ -4308,7 +4308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = join_processes(config)
         return VERBS[verb][1](config) or 0
     except (BrokenPipeError, KeyboardInterrupt) as stop:  # the reader has seen enough; or Ctrl-C
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):  # a notebook's standard output is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 130 if isinstance(stop, KeyboardInterrupt) else 0
     except (MemoryError, RuntimeError) as error:  # torch's of the CPU is a plain RuntimeError
         if not isinstance(error, MemoryError) and "memory" not in str(error):

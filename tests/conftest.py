@@ -1,7 +1,10 @@
 """Small worlds, models and runs that several tests share. All of it offline, on the CPU, seeded."""
 
 import os
+import tempfile
 
+CACHE = tempfile.TemporaryDirectory()  # no test may write into the user's home
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import: no test may reach for the network
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # `main` does it too, but after these imports
 
