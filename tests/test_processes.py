@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import configure
+from test_command_line import read_log
 from test_training import Log
 
 import distcap
@@ -141,7 +142,7 @@ def test_train_accumulates(run, tmp_path):
     flags = "--train-size 60 --test-size 8 --tf-steps 2 --steps 2 --batch-size 4 --accumulate 4"
     out = ["--captioner", str(run), "--device", "cpu", "--out", str(tmp_path / "new")]
     assert distcap.main(["train", *flags.split(), *out]) == 0
-    lines = [json.loads(line) for line in open(tmp_path / "new" / "log.jsonl")]
+    lines = read_log(tmp_path / "new")
     assert [line["stage"] for line in lines if "loss" in line] == ["tf", "tf", "rl", "rl"]
     assert all(line["updated"] for line in lines if "loss" in line)
 
@@ -270,7 +271,7 @@ def test_torchrun_leaves_one_run_folder(run, world, tmp_path, capsys):
     assert done.stderr.count("left out 1 pictures or captions") == 1
     assert "Traceback" not in done.stderr and done.stdout.count("oracle_R@1") == 1
 
-    lines = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
+    lines = read_log(tmp_path / "run")
     steps = [(line["stage"], line["step"]) for line in lines if "loss" in line]
     assert steps == [("tf", 0), ("tf", 1), ("rl", 0), ("rl", 1), ("rl", 2)]
     found = json.loads((tmp_path / "run" / "results.json").read_text())["after"]

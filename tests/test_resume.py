@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from conftest import configure
+from test_command_line import read_log
 
 import distcap
 
@@ -194,5 +195,36 @@ def test_ten_bad_steps_leave_a_state_and_the_eleventh_ends_it_again(tmp_path):
         step = lambda _: (network.weight.sum() * torch.nan, {})  # noqa: E731
         with pytest.raises(distcap.UserError, match="ten steps in a row"):
             distcap.fit("rl", network, step, lambda n: [0] * (30 - n), 30, 0.1, config, run)
-        steps = [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")]
+        steps = [line["step"] for line in read_log(tmp_path)]
         assert steps == list(range(11 if resume else 10))
+
+
+def test_the_log_of_the_discriminators_stages(uninterrupted):
+    """--pretrain-discriminator: as many steps in which it learns alone; --log-every: captions."""
+    _, log = uninterrupted("discriminator")
+    steps = [(line["stage"], line["step"]) for line in log if "loss" in line]
+    assert steps == [(stage, step) for stage in distcap.STAGES for step in range(3)]
+    alone = [line for line in log if line["stage"] == "discriminator"]
+    assert all(line["gradient_norm"] > 0 and "reward" not in line for line in alone)
+    (captions,) = [line for line in log if "captions" in line]
+    assert (captions["stage"], captions["step"], len(captions["captions"])) == ("rl", 1, 3)
+    validated = [line["step"] for line in log if "validation" in line]
+    assert validated == [1, 2]  # every second step, and the last
+
+
+def test_the_weights_of_the_best_validation_are_kept(tmp_path, monkeypatch):
+    """--select: of three looks at the validation pictures, the second is the best."""
+    values, seen = iter([0.1, 0.3, 0.2]), []
+    keep_best = distcap.keep_best
+
+    def pretend(model, measures, *rest):
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        seen.append(weights)
+        keep_best(model, measures | {"oracle_R@1": next(values)}, *rest)
+
+    monkeypatch.setattr(distcap, "keep_best", pretend)
+    out = tmp_path / "run"
+    assert distcap.main([*command(out, "discriminator"), "--validate-every", "1"]) == 0
+    kept = distcap.Captioner.load(str(out)).state_dict()
+    same = [all(kept[k].equal(each[k]) for k in kept) for each in seen]
+    assert same == [False, True, False]
