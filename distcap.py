@@ -2125,9 +2125,8 @@ def fit(
     """The loop of every stage: a batch, a loss, a gradient, an update if all of it is finite.
 
     `batches(n)` are the batches from the n-th on. `step` takes one, and returns its loss, or those
-    of its parts, and what to log. `model` learns by AdamW with a one-cycle learning rate; the
-    network of the `learner`'s regularizer, if any, by AdamW at a rate of its own. Raises UserError
-    when ten steps in a row were not finite, KeyboardInterrupt when asked to stop."""
+    of its parts, and what to log. `model` learns by AdamW with a one-cycle learning rate, and the
+    network of a `learner`'s regularizer at a rate of its own. Raises what `give_up` does."""
     network = learner.regularizer.network if learner else nn.Identity()
     optimizers = make_optimizers(model, learning_rate, network, config)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizers["model"], learning_rate, max(steps, 2))
@@ -2256,7 +2255,8 @@ def keep_best(model: nn.Module, measures: dict, stage: str, number: int, config:
 
 
 def give_up(stage: str, step: int, run: Run) -> None:
-    """End a run whose state was just saved: because it was asked to, or since it leads nowhere."""
+    """End a run whose state was just saved. Raises UserError after ten steps in a row that were not
+    finite, KeyboardInterrupt if it was asked to stop."""
     if run.notes["failures"] >= 10:
         advice = "try a lower --learning-rate"
         raise UserError(f"{stage}: ten steps in a row were not finite; {advice}")
@@ -4276,15 +4276,15 @@ def join_processes(config: Decoding) -> Decoding:
 
 def memory_advice(config: Decoding) -> str:
     """The flags that save memory and are not given yet."""
-    advice = [f"a --batch-size below {config.batch_size}"]
+    advice = ["a smaller --batch-size"]
     if isinstance(config, TrainConfig):
-        advice[0] += ", and as much more --accumulate"
+        advice[0] += " with as much more --accumulate"
     if config.precision == "fp32":
         advice.append("--precision bf16")
     for name in ("gradient_checkpointing", "freeze_vision"):
         if not getattr(config, name, True):
             advice.append(f"--{name.replace('_', '-')}")
-    return "; ".join(advice)
+    return ", ".join(advice)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -331,7 +331,7 @@ def test_out_of_memory_is_one_line_that_says_what_helps(fail, monkeypatch, capsy
     monkeypatch.setattr(distcap, "toy_sets", fail)
     assert distcap.main(["train", "--device", "cpu", "--freeze-vision"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("distcap: out of memory")
+    assert out == "" and err.count("\n") == 1 and "cpu has too little memory" in err
     for flag in ("--batch-size", "--accumulate", "--precision bf16", "--gradient-checkpointing"):
         assert flag in err
     assert "--freeze-vision" not in err  # it is given
