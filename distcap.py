@@ -3284,6 +3284,8 @@ def tell_skipped(out: Path, skipped: Sequence[Skipped], config: TrainConfig) -> 
         return
     first = f"{skipped[0].name}: {skipped[0].reason}"
     if config.strict:
+        if process_rank() == 0 and not config.resume:
+            shutil.rmtree(out)  # made a moment ago, lest the same command find it next time
         raise UserError(f"--strict: {len(skipped)} faults in the data, the first: {first}")
     if process_rank() == 0:
         lines = [json.dumps(each._asdict()) + "\n" for each in skipped]
