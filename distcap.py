@@ -2138,8 +2138,7 @@ def fit(
     bar = Bar(batches(first), stage, steps, initial=first, disable=process_rank() > 0)
     with run.heed_signals():
         for number, batch in enumerate(bar, first):
-            # A step's draws depend on nothing that came before it.
-            torch.manual_seed(step_seed(config, number))
+            torch.manual_seed(step_seed(config, number))  # draws depend on nothing before
             started = time.monotonic()
             record = update(optimizers, model, network, step, batch, config, run)
             if learner and record["updated"]:
@@ -2150,9 +2149,10 @@ def fit(
             stop = record.pop("stop") > 0 or run.notes["failures"] >= 10
             record["seconds"] = time.monotonic() - started
             run.write(stage=stage, step=number, **record)
-            show_progress(bar, number, record, config, run, learner)
+            show_progress(bar, stage, number, record, config, run, learner)
             last = number + 1 == steps
-            if validate and (last or (number + 1) % config.validate_every == 0):
+            due = (number + 1) % config.validate_every == 0 or (last and config.select != "last")
+            if validate and due:
                 keep_best(model, validate(), stage, number, config, run)
                 model.train(stage != "rl")
             if stop or last or (number + 1) % config.save_every == 0:
@@ -2226,7 +2226,7 @@ def rehearse(learner: Learner, optimizers: dict[str, torch.optim.Optimizer]) -> 
         optimizers["network"].step()
 
 
-def show_progress(bar: Bar, number: int, record: dict, config: TrainConfig, run: Run,
+def show_progress(bar: Bar, stage: str, number: int, record: dict, config: TrainConfig, run: Run,
                   learner: Learner | None) -> None:  # fmt: skip
     """Tell the bar how it goes, TensorBoard too if it is wanted, and some captions now and then."""
     names = ("reward", "discriminator_accuracy", "mean_length", "ground_truth_share")
@@ -2234,12 +2234,12 @@ def show_progress(bar: Bar, number: int, record: dict, config: TrainConfig, run:
     bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
     if run.board:
         for name, value in record.items():
-            run.board.add_scalar(f"{bar.desc}/{name}", value, number)
+            run.board.add_scalar(f"{stage}/{name}", value, number)
     if learner and config.log_every and (number + 1) % config.log_every == 0:
         rollout, _ = learner.judged
         captions = rollout.captions[: rollout.sizes[0] : learner.method.samples][:3]
-        run.write(stage=bar.desc, step=number, captions=captions)
-        for caption in captions:
+        run.write(stage=stage, step=number, captions=captions)
+        for caption in captions if run.writes else ():
             bar.say(f"  step {number}: {caption}")
 
 

@@ -258,17 +258,20 @@ def test_rows_are_gathered_in_the_order_of_the_ranks(ranks):
 
 
 def test_torchrun_leaves_one_run_folder(run, world, tmp_path, capsys):
-    """One line a step, one broken picture told once; one process measures the same."""
+    """One line a step, one broken picture told once; one process measures the same. Bug of the
+    first attempt: --log-every ended the second process, whose bar is none."""
     data = tmp_path / "data"
     distcap.write_examples(data, world[:40])
     (data / "00003.png").write_bytes(b"no picture")
     flags = "--tf-steps 2 --steps 3 --batch-size 4 --workers 0 --device cpu --max-length 18"
+    flags += " --log-every 2"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--standalone", str(ROOT / "distcap.py"), "train", str(data)]
     command += ["--captioner", str(run), "--out", str(tmp_path / "run"), *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("left out 1 pictures or captions") == 1
+    assert done.stderr.count("  step 1: ") == 3
     assert "Traceback" not in done.stderr and done.stdout.count("oracle_R@1") == 1
 
     lines = read_log(tmp_path / "run")
