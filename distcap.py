@@ -38,7 +38,10 @@ term trains on the human caption, not once more on the sample; (2) log p is the 
 real tokens, divided by a constant; (3) samples are drawn from the captioner itself; (4) there is no
 dropout in reinforcement learning; (5) Eq. 6 masks its own pair out; (6) with Eq. 6, the samples'
 advantages are centred; (7) no human caption is unlearned; (8) results include measures that the
-reward cannot hack.
+reward cannot hack; (9) optimizers are AdamW; (10) captions are normalized before they are judged;
+(11) the discriminator starts untrained, and hard negatives are off; (12) a reference is drawn anew
+each time, and one cut at the length limit has no end token; (13) processes average gradients by
+all-reduce.
 """
 
 from __future__ import annotations
