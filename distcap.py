@@ -38,7 +38,10 @@ term trains on the human caption, not once more on the sample; (2) log p is the 
 real tokens, divided by a constant; (3) samples are drawn from the captioner itself; (4) there is no
 dropout in reinforcement learning; (5) Eq. 6 masks its own pair out; (6) with Eq. 6, the samples'
 advantages are centred; (7) no human caption is unlearned; (8) results include measures that the
-reward cannot hack.
+reward cannot hack; (9) optimizers are AdamW; (10) captions are normalized before they are judged;
+(11) the discriminator starts untrained, and hard negatives are off; (12) a reference is drawn anew
+each time, and one cut at the length limit has no end token; (13) processes average gradients by
+all-reduce.
 """
 
 from __future__ import annotations
@@ -2023,7 +2026,8 @@ class Run:
                 self.state = torch.load(path, map_location="cpu", weights_only=True)
         # What else is to be remembered: the captions before RL, the best weights so far, ...
         self.notes: dict = self.state.get("notes", {})
-        self.stop = False
+        self.parts: dict[str, nn.Module] = {}  # what every stage saves, also one that leaves it be
+        self.stop = 0.0  # when it was asked to, if it was
         self.board = None
         if self.writes and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -2046,33 +2050,39 @@ class Run:
         """Write state.pt: the states of `parts`, with `step` steps of the stage done."""
         if not self.writes:
             return
-        state = {name: part.state_dict() for name, part in parts.items()}
+        state = {name: part.state_dict() for name, part in (self.parts | parts).items()}
         state |= dict(stage=stage, step=step, notes=self.notes)
         state["log_size"] = os.path.getsize(self.folder / "log.jsonl")
-        torch.save(state, self.folder / "state.pt.partial")
+        with explain(f"{self.folder}/state.pt: cannot be written"):  # torch has errors of its own
+            torch.save(state, self.folder / "state.pt.partial")
         (self.folder / "state.pt.partial").replace(self.folder / "state.pt")
+
+    def is_past(self, stage: str) -> bool:
+        """Whether the state that the run was resumed from is of a later stage."""
+        saved = self.state.get("stage", STAGES[0])
+        return STAGES.index(saved) > STAGES.index(stage)
 
     def restore(self, stage: str, steps: int, parts: dict) -> int:
         """Put the saved states into `parts`; return how many of the stage's `steps` are done. Of a
         stage before the saved one, that is all, and there is nothing to put back."""
-        saved = self.state.get("stage", "")
-        if not saved or STAGES.index(saved) < STAGES.index(stage):
-            return 0
-        if saved != stage:
+        if self.is_past(stage):
             return steps
-        for name, part in parts.items():
-            part.load_state_dict(self.state[name])
-        return self.state["step"]
+        if self.state.get("stage") != stage:
+            return 0
+        state, self.state = self.state, {"stage": stage}  # it is large, and put back once
+        for name, part in (self.parts | parts).items():
+            part.load_state_dict(state[name])
+        return state["step"]
 
     @contextlib.contextmanager
     def heed_signals(self) -> Iterator[None]:
         """Let Ctrl-C and SIGTERM set `stop`, so that no step is left half-done. The second time
-        they end the program where it is."""
+        they end the program where it is, unless at once: torchrun passes on what came by itself."""
 
         def ask_to_stop(number: int, frame) -> None:
-            if self.stop:
+            if self.stop and time.monotonic() > self.stop + 1:
                 raise KeyboardInterrupt
-            self.stop = True
+            self.stop = self.stop or time.monotonic()
 
         main_thread = threading.current_thread() is threading.main_thread()
         names = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
@@ -2118,13 +2128,12 @@ def fit(
     """The loop of every stage: a batch, a loss, a gradient, an update if all of it is finite.
 
     `batches(n)` are the batches from the n-th on. `step` takes one, and returns its loss, or those
-    of its parts, and what to log. `model` learns by AdamW with a one-cycle learning rate; the
-    network of the `learner`'s regularizer, if any, by AdamW at a rate of its own. Raises UserError
-    when ten steps in a row were not finite, KeyboardInterrupt when asked to stop."""
+    of its parts, and what to log. `model` learns by AdamW with a one-cycle learning rate, and the
+    network of a `learner`'s regularizer at a rate of its own. Raises what `give_up` does."""
     network = learner.regularizer.network if learner else nn.Identity()
     optimizers = make_optimizers(model, learning_rate, network, config)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizers["model"], learning_rate, max(steps, 2))
-    parts = {"network": network, "cycle": cycle, "captioner": model}
+    parts = {"model": model, "network": network, "cycle": cycle}
     parts |= {f"optimizer of the {name}": optimizer for name, optimizer in optimizers.items()}
     first = run.restore(stage, steps, parts)
 
@@ -2132,8 +2141,7 @@ def fit(
     bar = Bar(batches(first), stage, steps, initial=first, disable=process_rank() > 0)
     with run.heed_signals():
         for number, batch in enumerate(bar, first):
-            # A step's draws depend on nothing that came before it.
-            torch.manual_seed(step_seed(config, number))
+            torch.manual_seed(step_seed(config, number))  # draws depend on nothing before
             started = time.monotonic()
             record = update(optimizers, model, network, step, batch, config, run)
             if learner and record["updated"]:
@@ -2141,14 +2149,16 @@ def fit(
             record["learning_rate"] = cycle.get_last_lr()[0]
             cycle.step()
 
-            stop = record.pop("stop") > 0 or run.notes["failures"] == 10
+            stop = record.pop("stop") > 0 or run.notes["failures"] >= 10
             record["seconds"] = time.monotonic() - started
             run.write(stage=stage, step=number, **record)
-            show_progress(bar, number, record, config, run, learner)
-            if validate and (number + 1) % config.validate_every == 0:
+            show_progress(bar, stage, number, record, config, run, learner)
+            last = number + 1 == steps
+            due = (number + 1) % config.validate_every == 0 or (last and config.select != "last")
+            if validate and due:
                 keep_best(model, validate(), stage, number, config, run)
                 model.train(stage != "rl")
-            if stop or number + 1 == steps or (number + 1) % config.save_every == 0:
+            if stop or last or (number + 1) % config.save_every == 0:
                 run.save(stage, number + 1, parts)
             if stop:
                 give_up(stage, number + 1, run)
@@ -2198,7 +2208,7 @@ def update(
 
     # Update, all or nothing.
     record = {"loss": total, **record, "gradient_norm": norm, "network_gradient_norm": network_norm}
-    record["stop"] = float(run.stop)
+    record["stop"] = float(run.stop > 0)
     record = dict(zip(record, average(list(record.values()), config.device)))
     finite = all(math.isfinite(value) for value in record.values())
     for optimizer in optimizers.values() if finite else ():
@@ -2219,7 +2229,7 @@ def rehearse(learner: Learner, optimizers: dict[str, torch.optim.Optimizer]) -> 
         optimizers["network"].step()
 
 
-def show_progress(bar: Bar, number: int, record: dict, config: TrainConfig, run: Run,
+def show_progress(bar: Bar, stage: str, number: int, record: dict, config: TrainConfig, run: Run,
                   learner: Learner | None) -> None:  # fmt: skip
     """Tell the bar how it goes, TensorBoard too if it is wanted, and some captions now and then."""
     names = ("reward", "discriminator_accuracy", "mean_length", "ground_truth_share")
@@ -2227,12 +2237,12 @@ def show_progress(bar: Bar, number: int, record: dict, config: TrainConfig, run:
     bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
     if run.board:
         for name, value in record.items():
-            run.board.add_scalar(f"{bar.desc}/{name}", value, number)
+            run.board.add_scalar(f"{stage}/{name}", value, number)
     if learner and config.log_every and (number + 1) % config.log_every == 0:
         rollout, _ = learner.judged
         captions = rollout.captions[: rollout.sizes[0] : learner.method.samples][:3]
-        run.write(stage=bar.desc, step=number, captions=captions)
-        for caption in captions:
+        run.write(stage=stage, step=number, captions=captions)
+        for caption in captions if run.writes else ():
             bar.say(f"  step {number}: {caption}")
 
 
@@ -2248,8 +2258,9 @@ def keep_best(model: nn.Module, measures: dict, stage: str, number: int, config:
 
 
 def give_up(stage: str, step: int, run: Run) -> None:
-    """End a run whose state was just saved: because it was asked to, or since it leads nowhere."""
-    if run.notes["failures"] == 10:
+    """End a run whose state was just saved. Raises UserError after ten steps in a row that were not
+    finite, KeyboardInterrupt if it was asked to stop."""
+    if run.notes["failures"] >= 10:
         advice = "try a lower --learning-rate"
         raise UserError(f"{stage}: ten steps in a row were not finite; {advice}")
     if run.writes:
@@ -2892,7 +2903,7 @@ def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, run
         return contrastive_loss(*model(pixels[rows], tokens.to(config.device))), {}
 
     fit("clip", model, step, lambda first: batches[first:], len(batches), 2e-3, config, run)
-    if process_rank() == 0:
+    if process_rank() == 0 and not run.is_past("clip"):  # then it is there already
         save_model(model, str(folder / "open_clip_model.safetensors"))
     wait_for_all()
     return CLIP.load(str(folder), config.device)
@@ -3114,6 +3125,7 @@ def split(config: TrainConfig, skipped: list[Skipped]) -> tuple[list, list, list
         training = choose_split(config.data, examples, config.train_split, skipped)
     else:
         training = [each for each in examples if each.split in ("train", "restval", None)]
+    count = max(min(config.test_size, len(training) // 10), 1)
     held_out = {}
     for name, data in (("test", config.test), ("val", config.validation)):
         if data:
@@ -3122,7 +3134,6 @@ def split(config: TrainConfig, skipped: list[Skipped]) -> tuple[list, list, list
         elif name in names:
             held_out[name] = [each for each in examples if each.split == name]
         else:
-            count = max(min(config.test_size, len(examples) // 10), 1)
             training = sorted(training, key=chance)
             held_out[name], training = training[:count], training[count:]
 
@@ -3190,8 +3201,9 @@ def open_run_folder(config: TrainConfig) -> Path:
             earlier = json.loads(path.read_text(encoding="utf-8"))
         for name, value in settings.items():
             if name not in FREE and earlier.get(name) != value:
-                was = f"the run began with {earlier.get(name)}"
-                raise UserError(f"--{name.replace('_', '-')} {value}: {was}; give the same command")
+                wrong = f"--{name.replace('_', '-')}".replace("--processes", "--nproc-per-node")
+                was = f"the run began with {earlier.get(name)}; give the same command"
+                raise UserError(f"{wrong} {value}: {was}")
         if (out / "results.json").exists():
             raise UserError(f"{out}: this run is complete; nothing to resume")
     wait_for_all()  # lest another process find what this one makes
@@ -3222,6 +3234,8 @@ def look(examples: list[Example], clip: CLIP, config: TrainConfig, skipped: list
     bad = dict(failures)
     skipped += [Skipped(str(images[n]), str(error)) for n, error in failures]
     good = [example for n, example in enumerate(examples) if n not in bad]
+    if not good:
+        raise UserError(f"none of {len(examples)} pictures can be read: {failures[0][1]}")
     return good, embeddings[: len(good)]
 
 
@@ -3238,10 +3252,14 @@ def embed_cached(clip: CLIP, images: list, workers: int, failures: list) -> Tens
             key.update(digest)
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "distcap")
     path = folder / f"{key.hexdigest()}.pt"
+    found = None
     with contextlib.suppress(Exception):  # whatever is wrong with it, it can be made again
         saved = torch.load(path, map_location=clip.device, weights_only=True)
-        failures += [(n, UserError(reason)) for n, reason in saved["failures"]]
-        return saved["embeddings"]
+        reasons = [(n, UserError(reason)) for n, reason in saved["failures"]]
+        found = saved["embeddings"], reasons
+    if all(put_together([found is not None])):  # every process has it, or all work together
+        failures += found[1]
+        return found[0]
     embeddings = clip.embed_images(images, workers, failures)
     if process_rank() == 0:
         with contextlib.suppress(OSError):  # no room for it, or no leave
@@ -3269,6 +3287,8 @@ def tell_skipped(out: Path, skipped: Sequence[Skipped], config: TrainConfig) -> 
         return
     first = f"{skipped[0].name}: {skipped[0].reason}"
     if config.strict:
+        if process_rank() == 0 and not config.resume:
+            shutil.rmtree(out)  # made a moment ago, lest the same command find it next time
         raise UserError(f"--strict: {len(skipped)} faults in the data, the first: {first}")
     if process_rank() == 0:
         lines = [json.dumps(each._asdict()) + "\n" for each in skipped]
@@ -3284,6 +3304,7 @@ def learn(learner: Learner, training: Sequence[Example], test: Sequence[Example]
     captioner, count = learner.captioner, config.accumulate
     images = [example.image for example in test]
     dataset = CaptionDataset(training, captioner.pixels, captioner.side)
+    run.parts["captioner"] = captioner
     if config.freeze_vision:
         captioner.vision.requires_grad_(False)
     if config.gradient_checkpointing:
@@ -4259,6 +4280,19 @@ def join_processes(config: Decoding) -> Decoding:
     return config
 
 
+def memory_advice(config: Decoding) -> str:
+    """The flags that save memory and are not given yet."""
+    advice = ["a smaller --batch-size"]
+    if isinstance(config, TrainConfig):
+        advice[0] += " with as much more --accumulate"
+    if config.precision == "fp32":
+        advice.append("--precision bf16")
+    for name in ("gradient_checkpointing", "freeze_vision"):
+        if not getattr(config, name, True):
+            advice.append(f"--{name.replace('_', '-')}")
+    return ", ".join(advice)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 some inputs failed, 2 a mistake."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as set where this file begins
@@ -4274,15 +4308,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         getattr(stream, "reconfigure", dict)(encoding="utf-8", errors="surrogateescape")
     try:
         check(config, given)
+        if config.device.startswith("cuda"):
+            torch.set_float32_matmul_precision("high")  # TF32, which is much faster
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             config = join_processes(config)
         return VERBS[verb][1](config) or 0
     except (BrokenPipeError, KeyboardInterrupt) as stop:  # the reader has seen enough; or Ctrl-C
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):  # a notebook's standard output is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 130 if isinstance(stop, KeyboardInterrupt) else 0
-    except torch.OutOfMemoryError:
-        remedy = "a smaller --batch-size, --precision bf16 or --device cpu"
-        print(f"distcap: {config.device} has too little memory; try {remedy}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:  # torch's of the CPU is a plain RuntimeError
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        has = f"{config.device} has too little memory"
+        print(f"distcap: {has}; try {memory_advice(config)}", file=sys.stderr)
         return 2
     except (UserError, OSError) as error:  # a full disk or a forbidden folder is no bug of ours
         say(str(error))

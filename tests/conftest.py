@@ -1,7 +1,11 @@
 """Small worlds, models and runs that several tests share. All of it offline, on the CPU, seeded."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # no test may write into the user's home
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import: no test may reach for the network
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # `main` does it too, but after these imports
 
@@ -11,6 +15,8 @@ import pytest
 import torch
 
 import distcap
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 SHORT = (
     "--train-size 300 --test-size 40 --clip-steps 40 --tf-steps 60 --steps 4 --batch-size 32 "

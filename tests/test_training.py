@@ -1,9 +1,17 @@
 """Training: the loop, updates that are finite or nothing, the schedule, and that it all learns."""
 
 import copy
+import fcntl
 import functools
+import io
 import json
 import math
+import os
+import pty
+import struct
+import sys
+import termios
+import time
 import types
 
 import pytest
@@ -233,3 +241,113 @@ def test_the_same_seed_gives_the_same_bits(learn, world):
     (records, weights), (records_again, weights_again) = train(), train()
     assert records == records_again
     assert all(value.equal(weights_again[name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("regularizer", ["discriminator", "grammar"])
+def test_the_discriminator_takes_so_many_steps_on_the_same_captions(learn, regularizer):
+    """--discriminator-steps 3: three updates by AdamW, on the captions of the captioner's step."""
+    networks = []
+    for by_hand in (False, True):
+        settings = dict(regularizer=regularizer, discriminator_steps=1 if by_hand else 3)
+        learner, batch = learn(**settings, discriminator_learning_rate=1e-3)
+        network = learner.regularizer.network
+        log = Log()
+        step = learner.reinforce_step
+        if by_hand:
+            optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
+            torch.manual_seed(distcap.step_seed(learner.method, 0))
+            loss, _ = step(batch)
+            for number in range(3):
+                if number:
+                    _, loss, _ = learner.regularizer.score(*learner.judged)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        else:
+            fit = [lambda _, batch=batch: [batch], 1, 0.0, learner.method, log, learner]
+            distcap.fit("rl", learner.captioner, step, *fit)
+        networks.append({name: value.clone() for name, value in network.state_dict().items()})
+    for name, value in networks[0].items():
+        torch.testing.assert_close(networks[1][name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_the_discriminator_learns_alone_before_the_captioner_does(learn, world):
+    """--pretrain-discriminator: the captioner stays as it is, and its loss falls."""
+    learner, _ = learn()
+    before = copy.deepcopy(learner.captioner.state_dict())
+    dataset = distcap.CaptionDataset(world, learner.captioner.pixels)
+    batches = lambda first: distcap.read_ahead(dataset, order[first:], 0)  # noqa: E731
+    order, log = distcap.schedule(world, 16, 20, 0), Log()
+    network, step = learner.regularizer.network, learner.discriminator_step
+    distcap.fit("discriminator", network, step, batches, 20, 1e-3, learner.method, log)
+    losses = [record["loss"] for record in log.records]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    after = learner.captioner.state_dict()
+    assert all(value.equal(after[name]) for name, value in before.items())
+
+
+def bar_on(stream, monkeypatch):
+    """What a bar writes on a stream in half a second, a line of news in its midst."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    with distcap.Bar(range(10), "rl", 10, mininterval=0.1, delay=0) as bar:
+        for number in bar:
+            time.sleep(0.05)
+            if number == 5:
+                bar.say("  step 5: a dog")
+    stream.flush()
+
+
+def test_where_there_is_no_terminal_a_bar_is_lines(monkeypatch):
+    """Not thousands of states behind carriage returns, nor silence."""
+    stream = io.StringIO()
+    bar_on(stream, monkeypatch)
+    assert "\r" not in stream.getvalue()
+    lines = stream.getvalue().splitlines()
+    assert 3 <= len(lines) <= 10 and "  step 5: a dog" in lines
+    assert all(line.startswith(("rl", "  step")) for line in lines if line.strip())
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert distcap.Bar(range(3)).mininterval == 30  # seconds
+
+
+def test_on_a_terminal_a_bar_is_drawn_anew_in_its_line(monkeypatch):
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    with open(writer, "w") as stream:
+        bar_on(stream, monkeypatch)
+        text = os.read(reader, 100_000).decode()
+    os.close(reader)
+    assert text.count("\rrl") > 2 and "  step 5: a dog\r\n" in text
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda _: torch.empty(2**60),
+        lambda _: exec("raise torch.OutOfMemoryError('CUDA out of memory. Tried to', 1)"),
+        lambda _: exec("raise MemoryError"),
+    ],
+)
+def test_out_of_memory_is_one_line_that_says_what_helps(fail, monkeypatch, capsys):
+    monkeypatch.setattr(distcap, "toy_sets", fail)
+    assert distcap.main(["train", "--device", "cpu", "--freeze-vision"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "cpu has too little memory" in err
+    for flag in ("--batch-size", "--accumulate", "--precision bf16", "--gradient-checkpointing"):
+        assert flag in err
+    assert "--freeze-vision" not in err  # it is given
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    def fail(_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(distcap, "toy_sets", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        distcap.main(["train", "--device", "cpu"])
+
+
+def test_tensorboard_that_is_not_installed_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(distcap.importlib.util, "find_spec", lambda name: None)
+    assert distcap.main(["train", "--device", "cpu", "--tensorboard"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "pip install tensorboard" in err
