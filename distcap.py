@@ -3016,7 +3016,8 @@ class EvalConfig(Decoding):
     """Measure captions: of a captioner, or of a file. Or set results in a table."""
     data: str | None = flag(None, "a data set, as for train", nargs="?")
     images: str | None = flag(None, "folder of its pictures, if they are not beside it")
-    split: str | None = flag(None, "only this split of it, or the pictures that this file lists")
+    split: str | None = flag(None, "only this split of it, or the pictures that this file lists; "
+                             "otherwise the split test, if there is one")
     captions: str | None = flag(None, "measure these, not a captioner's: COCO results, .jsonl, "
                                 ".csv, or a folder of .txt files")
     metrics: Sequence[str] = flag(
@@ -3079,8 +3080,8 @@ def train(config: TrainConfig) -> None:
         write_examples(out / "validation", validation)
         write_examples(out / "test", test)
         if config.data != "toy":
-            names = [os.path.realpath(example.image) for example in training]
-            write_text(out / "training.txt", "".join(f"{name}\n" for name in names))
+            names = [f"{os.path.realpath(example.image)}\n" for example in training]
+            write_text(out / "training.txt", "".join(names), "surrogateescape")
 
     learner = Learner(captioner, clip, config, config.max_length)
     learner.image_embeddings = embeddings
@@ -3368,8 +3369,8 @@ def finish(
     test: Sequence[Example],
     config: TrainConfig,
 ) -> None:
-    """Write what a run leaves: the captioner with a model card, results.json and captions.json, in
-    COCO's form; and print the table with a few captions."""
+    """Write what a run leaves: the captioner with a model card, captions.json in COCO's form,
+    report.html, results.json; and print the table with a few captions."""
     partial = out / "captioner.partial"
     captioner.save(partial)
     about = dict(split="test", images=len(test), seed=config.seed, beams=config.beams)
@@ -3377,9 +3378,8 @@ def finish(
     write_text(partial / "README.md", model_card(results["after"], about, config))
     shutil.rmtree(out / "captioner", ignore_errors=True)
     partial.replace(out / "captioner")
-    rows = [{"image_id": example.image_id, "caption": text}
-            for example, text in zip(test, captions["after"])]  # fmt: skip
-    write_text(out / "captions.json", json.dumps(rows, indent=1) + "\n")
+    write_text(out / "captions.json", coco_results(test, captions["after"]))
+    write_report(out, results, captions, test)
     write_text(out / "results.json", json.dumps(results | about, indent=2) + "\n")
     (out / "state.pt").unlink(missing_ok=True)  # large, and of no more use
 
@@ -3394,7 +3394,9 @@ def model_card(measures: dict[str, float], about: dict, config: TrainConfig) -> 
     flags = []
     for name, value in vars(config).items():
         if value not in (usual[name], None) and name not in ("data", "out", *FREE):
-            flags.append(f"--{name.replace('_', '-')} {value}")
+            text = name.replace("_", "-")
+            switch = f"--{text}" if value else f"--no-{text}"
+            flags.append(switch if isinstance(value, bool) else f"--{text} {value}")
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in measures.items())
     return f"""---
@@ -3565,18 +3567,19 @@ def sample_by_picture(captioner: Captioner, features: Tensor, pixels: Tensor, ma
 
 
 def caption_all(captioner: Captioner, images: Sequence, config: Decoding, **limits) -> list[str]:
-    """One caption of each picture, by search. Raises UserError for one that cannot be read."""
+    """One caption of each picture, by search; of several processes each writes a share. Raises
+    UserError for a picture that cannot be read."""
     options = dict(max_length=config.max_length, beams=config.beams) | limits
 
     def search(features: Tensor, _: Tensor) -> Tensor:
         return captioner.search(features, **options)
 
     captions = []
-    for written in write_captions(captioner, images, config, search):
+    for written in write_captions(captioner, own_share(images), config, search):
         if written.failure:
             raise written.failure
         captions += written.captions
-    return captions
+    return put_together(captions)
 
 
 def clip_name(config: Decoding) -> str:
@@ -4037,6 +4040,9 @@ def evaluate_command(config: EvalConfig) -> None:
     need_pictures = looks or not config.captions
     skipped: list[Skipped] = []
     examples = read_examples(config.data, config.images, config.split, need_pictures, skipped)
+    if not config.split:  # of data with splits, the one that is for this
+        examples = [each for each in examples if each.split == "test"] or examples
+    warn_of_training_pictures(examples, config)
     if skipped:
         first = f"the first: {skipped[0].name}: {skipped[0].reason}"
         print(f"distcap: left out {len(skipped)} pictures or captions; {first}", file=sys.stderr)
@@ -4051,13 +4057,12 @@ def evaluate_command(config: EvalConfig) -> None:
     if not config.captions:
         limits = dict(min_new_tokens=min(config.min_length, config.max_length))
         captions = caption_all(captioner, images, config, **limits)
-    if config.out:
-        ids = [each.image_id for each in examples]
-        # Those of COCO are numbers.
-        ids = [int(each) if re.fullmatch("0|[1-9][0-9]*", each) else each for each in ids]
-        rows = [{"image_id": each, "caption": text} for each, text in zip(ids, captions)]
-        write_text(Path(config.out).with_suffix(".captions.json"), json.dumps(rows))
+    if config.out and process_rank() == 0:
+        written = coco_results(examples, captions)
+        write_text(Path(config.out).with_suffix(".captions.json"), written)
     seen = {name: (clip, clip.embed_images(images, config.workers)) for name, clip in clips.items()}
+    if process_rank() > 0:
+        return
     measures = measure(captions, examples, seen, config)
     print(table({Path(config.data).resolve().name: measures}))
     if len(examples) < 50 and "cider" in config.metrics:
@@ -4065,6 +4070,27 @@ def evaluate_command(config: EvalConfig) -> None:
         print(f"distcap: {few}, and means little below 50", file=sys.stderr)
     if config.out:
         write_results(config, names, examples, captions, measures)
+
+
+def coco_results(examples: Sequence[Example], captions: Sequence[str]) -> str:
+    """Captions as JSON in COCO's form of results, where ids that are numbers are not texts."""
+    rows = []
+    for example, caption in zip(examples, captions):
+        name = example.image_id
+        image_id = int(name) if re.fullmatch("0|[1-9][0-9]*", name) else name
+        rows.append({"image_id": image_id, "caption": caption})
+    return json.dumps(rows, indent=1) + "\n"
+
+
+def warn_of_training_pictures(examples: Sequence[Example], config: EvalConfig) -> None:
+    """Say so if the captioner's run has learned from some of the pictures."""
+    names = Path(config.captioner, "training.txt")
+    if not config.captions and names.is_file():
+        learned = set(names.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+        count = sum(os.path.realpath(example.image) in learned for example in examples)
+        if count:
+            what = f"{count} of {len(examples)} pictures were trained on, by {config.captioner}"
+            print(f"distcap: {what}; its test/ holds others", file=sys.stderr)
 
 
 def write_results(config: EvalConfig, clips: Sequence[str], examples: Sequence[Example],

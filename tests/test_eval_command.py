@@ -378,3 +378,15 @@ def test_mutated_captions_are_refused_or_rightly_paired(tmp_path):
     examples = [distcap.Example(f"{n}a.jpg", Path(f"{n}a.jpg"), ("a",)) for n in range(12)]
     seeds = range(int(os.environ.get("DISTCAP_FUZZ", "60")))
     assert 0 < fuzz(examples, tmp_path, seeds) < len(seeds)
+
+
+def test_of_data_with_splits_the_test_pictures_are_measured(tmp_path, capsys):
+    """Unless another split is named: nobody means to measure what was trained on."""
+    rows = [{"file_name": f"{n}.jpg", "caption": "a dog", "split": ["train", "test"][n == 2]}
+            for n in range(4)]  # fmt: skip
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.jsonl").write_text('{"file_name": "2.jpg", "caption": "a dog"}\n')
+    command = ["eval", str(tmp_path / "data.jsonl"), "--captions", str(tmp_path / "own.jsonl")]
+    assert distcap.main([*command, "--metrics", "bleu"]) == 0
+    assert distcap.main([*command, "--metrics", "bleu", "--split", "train"]) == 2
+    assert "3 without a caption" in capsys.readouterr().err

@@ -153,6 +153,12 @@ def test_a_runs_test_folder_gives_its_tables_numbers(data, run, tmp_path, capsys
     card = (out / "captioner" / "README.md").read_text()
     assert "library_name: transformers" in card and "--steps 2" in card
     assert "text_to_image_R@1" in card
+    assert "<figure>" in (out / "report.html").read_text() and not (out / "state.pt").exists()
+
+    assert "trained on" not in capsys.readouterr().err
+    command = ["eval", str(tmp_path / "captions.jsonl"), "--images", str(data)]
+    assert distcap.main([*command, "--captioner", str(out), "--metrics", "bleu"]) == 0
+    assert "32 of 40 pictures were trained on" in capsys.readouterr().err
 
 
 def test_what_is_left_out_is_told_in_a_line_and_listed(data, run, tmp_path, capsys):
