@@ -329,6 +329,6 @@ def test_the_readmes_name_flags_that_exist(path):
     classes = [cls for cls, _ in distcap.VERBS.values()]
     fields = [field.name for cls in classes for field in dataclasses.fields(cls)]
     known = {f"--{name.replace('_', '-')}" for name in fields}
-    known |= {"--no-recursive", "--help", "--check"}
+    known |= {"--no-recursive", "--help", "--check", "--nproc-per-node"}
     known |= {"--seeds", "--jobs", "--quick", "--readme", "--tune"}
     assert set(re.findall(r"(?<!\S)[`(]?(--[a-z-]+)", path.read_text())) <= known

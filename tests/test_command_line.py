@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -685,8 +686,9 @@ def test_help_names_every_field_with_its_default(verb, capsys, monkeypatch):
         assert "".join(each.metadata["help"].split()) in text
         several = each.default and "action" in each.metadata
         default = "".join(each.default) if several else each.default
-        assert positional or default is None or f"(default:{default})" in text
-    assert "(default:None)" not in text and "(default:())" not in text
+        switch = isinstance(default, bool) or default in (None, "")
+        assert positional or switch or f"(default:{default})" in text
+    assert not re.search(r"\(default:(None|False|\(\)|)\)", text)
 
 
 def test_importing_the_module_does_nothing_heavy():
