@@ -48,7 +48,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -61,6 +60,7 @@ import html
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -2322,6 +2322,26 @@ def reinforce_in_parts(learner: Learner, count: int, batch: Batch) -> tuple[Iter
 
 
 # ---- 10  Evaluation ------------------------------------------------------------------------------
+REFERENCE_METRICS = ("bleu", "rouge", "cider", "meteor", "spice")
+CLIP_METRICS = ("clipscore", "retrieval")
+METRICS = (*REFERENCE_METRICS, *CLIP_METRICS, "diversity")  # what --metrics takes
+
+
+class Measures(dict):
+    """Measures of captions by name: of all together. `each` has the values of every caption alone,
+    of those measures that exist for one. Where `overall` says nothing else, all is their mean."""
+
+    def __init__(self, each: dict[str, list], overall: dict[str, float] | None = None) -> None:
+        means = {name: statistics.fmean(values) for name, values in each.items()}
+        super().__init__(means | (overall or {}))
+        self.each = dict(each)
+
+    def add(self, other: Measures, heading: str = "") -> None:
+        """Take over other measures, under a heading if there is one."""
+        self.update({heading: other} if heading else other)
+        self.each.update({heading: other.each} if heading else other.each)
+
+
 def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 256,
                     pools: Tensor | None = None) -> Tensor:  # fmt: skip
     """Rank, from 1, of target n for query n: (N, D), (N, D) -> (N,). Never makes (N, N) of it. Ties
@@ -2342,21 +2362,6 @@ def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 256,
     return ranks
 
 
-class Measures(dict):
-    """Measures of captions by name: of all together. `each` has the values of every caption alone,
-    of those measures that exist for one. Where `overall` says nothing else, all is their mean."""
-
-    def __init__(self, each: dict[str, list], overall: dict[str, float] | None = None) -> None:
-        means = {name: statistics.fmean(values) for name, values in each.items()}
-        super().__init__(means | (overall or {}))
-        self.each = dict(each)
-
-    def add(self, other: Measures, heading: str = "") -> None:
-        """Take over other measures, under a heading if there is one."""
-        self.update({heading: other} if heading else other)
-        self.each.update({heading: other.each} if heading else other.each)
-
-
 def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor, bag_size: int = 10,
               seed: int = 0) -> Measures:  # fmt: skip
     """Does the caption find its picture, and the picture its caption? (N, D), (N, D).
@@ -2366,27 +2371,26 @@ def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor, bag_size: in
     bag_R@1, the picture and the bag_size - 1 most similar to it; rd100_R@1, the picture and 99
     others drawn at random by `seed`."""
     count = len(image_embeddings)
-    each = {}
-    overall = {"pool": count}
+    each, overall = {}, {"pool": count}
     ways = {"text_to_image": retrieval_ranks(caption_embeddings, image_embeddings)}
     ways["image_to_text"] = retrieval_ranks(image_embeddings, caption_embeddings)
     for way, ranks in ways.items():
         ranks = ranks.cpu()  # not every accelerator has float64
-        each |= {f"{way}_R@{k}": (ranks <= k).int().tolist() for k in (1, 5, 10)}
+        for k in (1, 5, 10):
+            each[f"{way}_R@{k}"] = (ranks <= k).int().tolist()
         each[f"{way}_median_rank"] = ranks.tolist()
         each[f"{way}_mrr"] = (1 / ranks.double()).tolist()
         overall[f"{way}_median_rank"] = ranks.median().item()
 
-    # The smaller pools, the picture itself first. In a shuffled circle, those that follow a picture
-    # are a fair draw of the others.
+    # The smaller pools, the picture itself first.
     rows = torch.arange(count, device=image_embeddings.device)
-    bags = rows[:, None].repeat(1, min(bag_size, count))
+    bags = rows[:, None].repeat(1, min(bag_size, count))  # (N, M)
     for some in rows.split(256):
         bags[some, 1:] = nearest_images(image_embeddings, some, bags.shape[1] - 1)
+    # In a shuffled circle, those that follow a picture are a fair draw of the others.
     circle = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(rows.device)
-    distractors = torch.empty_like(rows[:, None].repeat(1, min(100, count)))
-    distractors[circle] = circle[(rows[:, None] + rows[: distractors.shape[1]]) % count]
-    for name, pools in [("bag_R@1", bags), ("rd100_R@1", distractors)]:
+    followers = torch.stack([circle.roll(-step) for step in range(min(100, count))], dim=1)
+    for name, pools in [("bag_R@1", bags), ("rd100_R@1", followers[circle.argsort()])]:
         ranks = retrieval_ranks(caption_embeddings, image_embeddings, pools=pools)
         each[name] = (ranks == 1).int().tolist()
     return Measures(each, overall)
@@ -2398,11 +2402,12 @@ def clip_scores(captions: Sequence[str], references: Sequence[Sequence[str]],
     harmonic mean with the nearest reference's max(cos, 0) (Hessel et al. 2021): (N, D)."""
     embeddings = clip.embed_captions([f"A photo depicts {caption}" for caption in captions])
     scores = 2.5 * similarity_reward(embeddings, image_embeddings).clamp(min=0)
-    texts = [f"A photo depicts {text}" for texts in references for text in texts]
-    counts = torch.tensor([len(texts) for texts in references], device=scores.device)
-    rows = torch.arange(len(captions), device=scores.device).repeat_interleave(counts)
+
+    texts = [f"A photo depicts {text}" for text in itertools.chain(*references)]
+    counts = [len(texts) for texts in references]
+    rows = [row for row, count in enumerate(counts) for _ in range(count)]
     cosines = similarity_reward(clip.embed_captions(texts), embeddings[rows])
-    nearest = torch.zeros_like(scores).scatter_reduce(0, rows, cosines, "amax")
+    nearest = torch.stack([some.max() for some in cosines.split(counts)]).clamp(min=0)
     harmonic = 2 * scores * nearest / (scores + nearest).clamp(min=1e-12)
     return Measures({"clip_score": scores.tolist(), "ref_clip_score": harmonic.tolist()})
 
@@ -2436,11 +2441,11 @@ def ptb_words(texts: Sequence[str]) -> list[str]:
     jar = Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)
     command = ["java", *JAVA_OPTIONS.split(), "-cp", str(jar)]
     command += ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
-    whole = [" ".join(text.encode("utf-8", "replace").decode().split()) for text in texts]
-    given = "".join(f"{text}\n" for text in whole).encode()
+    given = "".join(" ".join(text.split()) + "\n" for text in texts)
+    coding = dict(encoding="utf-8", errors="replace")
     with explain("--tokenizer ptb: its Java program failed"):
-        done = subprocess.run(command, input=given, capture_output=True, check=True)
-        lines = done.stdout.decode().removesuffix("\n").split("\n")
+        done = subprocess.run(command, input=given, capture_output=True, check=True, **coding)
+        lines = done.stdout.removesuffix("\n").split("\n")
         if len(lines) != len(texts):
             raise ValueError(f"{len(texts)} texts became {len(lines)}")
     words = [[word for word in line.split() if word not in ptb.PUNCTUATIONS] for line in lines]
@@ -2451,9 +2456,8 @@ def meteor(human: dict, written: dict) -> tuple[float, list[float]]:
     """METEOR by pycocoevalcap. Raises UserError if its Java program fails."""
     from pycocoevalcap.meteor.meteor import Meteor
 
-    options = os.environ.get("JAVA_TOOL_OPTIONS", "")
-    if JAVA_OPTIONS not in options:
-        os.environ["JAVA_TOOL_OPTIONS"] = f"{options} {JAVA_OPTIONS}".strip()
+    others = os.environ.get("JAVA_TOOL_OPTIONS", "").removesuffix(JAVA_OPTIONS)
+    os.environ["JAVA_TOOL_OPTIONS"] = others + f" {JAVA_OPTIONS}"
     scorer = Meteor()
     try:
         with explain("--metrics meteor: its Java program failed"):
@@ -2473,32 +2477,33 @@ def reference_measures(captions: Sequence[str], references: Sequence[Sequence[st
     use. References without a word do not count."""
     from pycocoevalcap.eval import Bleu, Cider, Rouge, Spice
 
-    texts = [*captions, *(text for texts in references for text in texts)]
-    split_words = ptb_words if tokenizer == "ptb" else functools.partial(map, plain_words)
-    words = iter(split_words(texts))
+    texts = [*captions, *itertools.chain(*references)]
+    words = iter(ptb_words(texts) if tokenizer == "ptb" else map(plain_words, texts))
     written = {row: [next(words)] for row in range(len(captions))}
-    human = {row: [next(words) for _ in texts] for row, texts in enumerate(references)}
-    # U+E000, which is in no caption, stands for references none of which has a word.
-    human = {row: list(filter(None, texts)) or ["\ue000"] for row, texts in human.items()}
+    human = {}
+    for row, texts in enumerate(references):
+        split_texts = [next(words) for _ in texts]
+        # U+E000, which is in no caption, stands for references none of which has a word.
+        human[row] = [text for text in split_texts if text] or ["\ue000"]
 
-    each, overall = {}, {}
+    found = {}  # by name, the score of all together and those of each
     with concurrent.futures.ThreadPoolExecutor(1) as beside:  # METEOR is another process, and slow
         waiting = beside.submit(meteor, human, written) if "meteor" in metrics else None
         if "bleu" in metrics:
-            scores = Bleu(4).compute_score(human, written, verbose=0)
-            for n, (score, values) in enumerate(zip(*scores), 1):
-                overall[f"bleu_{n}"], each[f"bleu_{n}"] = float(score), values
-        for name, metric, scorer in [("rouge_l", "rouge", Rouge), ("cider", "cider", Cider)]:
-            if metric in metrics:
-                score, values = scorer().compute_score(human, written)
-                overall[name], each[name] = float(score), values.tolist()
+            scores = zip(*Bleu(4).compute_score(human, written, verbose=0))
+            found |= {f"bleu_{n}": score for n, score in enumerate(scores, 1)}
+        if "rouge" in metrics:
+            found["rouge_l"] = Rouge().compute_score(human, written)
+        if "cider" in metrics:
+            found["cider"] = Cider().compute_score(human, written)
         if waiting:
-            overall["meteor"], each["meteor"] = waiting.result()
+            found["meteor"] = waiting.result()
     if "spice" in metrics:
         with explain("--metrics spice: its Java program failed", "; it wants Java 8 to 15"):
-            score, values = Spice().compute_score(human, written)
-        overall["spice"], each["spice"] = float(score), [value["All"]["f"] for value in values]
-    return Measures(each, overall)
+            score, parts = Spice().compute_score(human, written)
+        found["spice"] = score, [part["All"]["f"] for part in parts]
+    each = {name: list(map(float, values)) for name, (_, values) in found.items()}
+    return Measures(each, {name: float(score) for name, (score, _) in found.items()})
 
 
 def self_bleu(captions: Sequence[str]) -> list[float]:
@@ -2509,18 +2514,19 @@ def self_bleu(captions: Sequence[str]) -> list[float]:
 
     texts = [plain_words(caption) for caption in captions]
     cooked = [precook(text) for text in texts]  # of each its length and {n-gram: count}
-    highest: dict[tuple, tuple[int, int]] = {}
+    lengths = Counter(length for length, _ in cooked)
+    highest: dict[tuple, list[int]] = {}
     for _, counts in cooked:
         for ngram, count in counts.items():
-            first, second = highest.get(ngram, (0, 0))
-            highest[ngram] = (max(first, count), max(second, min(first, count)))
-    lengths = collections.Counter(length for length, _ in cooked)
+            highest[ngram] = sorted([*highest.get(ngram, [0, 0]), count])[1:]
 
     scorer = BleuScorer(n=4)
     for text, (length, counts) in zip(texts, cooked):
-        others = [each for each in lengths if lengths[each] > (each == length)]
-        elsewhere = {ngram: highest[ngram][highest[ngram][0] == count]
-                     for ngram, count in counts.items()}  # fmt: skip
+        elsewhere = {}
+        for ngram, count in counts.items():
+            second, first = highest[ngram]
+            elsewhere[ngram] = second if count == first else first
+        others = [each for each in lengths if each != length or lengths[each] > 1]
         scorer.crefs.append((others or [0], elsewhere))
         scorer.ctest.append(cook_test(text, scorer.crefs[-1]))
     return scorer.compute_score(option="closest")[1][3]
@@ -2531,7 +2537,7 @@ def diversity(captions: Sequence[str]) -> Measures:
     repetition, the share with a 3-gram that occurs twice; identical, the share that another picture
     has too; distinct, different captions over captions; vocabulary, different words."""
     words = [plain_words(caption).split() for caption in captions]
-    times = collections.Counter(captions)
+    times = Counter(captions)
     each = {
         "mean_length": [len(caption.split()) for caption in captions],
         "self_bleu": self_bleu(captions),
@@ -2542,11 +2548,6 @@ def diversity(captions: Sequence[str]) -> Measures:
     return Measures(each, {"distinct": distinct, "vocabulary": len(set().union(*words))})
 
 
-METRICS = ("bleu", "rouge", "cider", "meteor", "spice", "clipscore", "retrieval", "diversity")
-CLIP_METRICS = ("clipscore", "retrieval")
-REFERENCE_METRICS = METRICS[:5]
-
-
 def measure(captions: Sequence[str], examples: Sequence[Example],
             clips: dict[str, tuple[CLIP, Tensor]], config: EvalConfig) -> Measures:  # fmt: skip
     """The measures that --metrics names of captions[n] for examples[n], and those of the toy world
@@ -2555,14 +2556,13 @@ def measure(captions: Sequence[str], examples: Sequence[Example],
     references = [example.references for example in examples]
     measures = Measures({})
     for name, (clip, image_embeddings) in clips.items():
-        heading = name if len(clips) > 1 else ""
         seen = Measures({})
         if "retrieval" in config.metrics:
             embeddings = clip.embed_captions(captions)
             seen.add(retrieval(embeddings, image_embeddings, config.bag_size, config.seed))
         if "clipscore" in config.metrics:
             seen.add(clip_scores(captions, references, image_embeddings, clip))
-        measures.add(seen, heading)
+        measures.add(seen, heading=name if len(clips) > 1 else "")
     if set(REFERENCE_METRICS) & set(config.metrics):
         measures.add(reference_measures(captions, references, config.metrics, config.tokenizer))
     if "diversity" in config.metrics:
@@ -2584,24 +2584,24 @@ def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
     """A caption for each example from a file: COCO results (image_id and caption), what
     `read_data` reads, or a folder of .txt files. Raises UserError unless there is exactly one for
     each: a caption beside the wrong picture would show in no number."""
+    rows = []
     if path.is_dir():
-        rows = []
         for file in sorted(path.glob("*.txt")):
             lines = read_text(file).strip().split("\n")
             rows.append(make_row(str(file), {"file_name": file.name, "caption": lines}))
     elif path.is_file() and read_text(path).lstrip().startswith("["):
-        rows = []
         for number, row in enumerate(parse_json(str(path), read_text(path))):
+            where = f"{path}: [{number}]"
             if not isinstance(row, dict) or type(row.get("image_id")) not in (int, str):
-                raise UserError(f"{path}: [{number}]: needs an image_id and a caption")
+                raise UserError(f"{where}: needs an image_id and a caption")
             fields = {"file_name": str(row["image_id"]), "caption": row.get("caption")}
-            rows.append(make_row(f"{path}: [{number}]", fields))
+            rows.append(make_row(where, fields))
     else:
-        rows = list(read_data(path))
+        rows += read_data(path)
     for row in rows:
-        there = any(row.more.get(key) is not None for key in CAPTION_KEYS)
-        if not there or len(row.captions) != 1:
-            count = len(row.captions) if there else 0
+        missing = all(row.more.get(key) is None for key in CAPTION_KEYS)
+        count = 0 if missing else len(row.captions)
+        if count != 1:
             raise UserError(f"{path}: {row.name}: {count} captions; eval takes one")
     return pair_captions(path, rows, examples)
 
@@ -2610,26 +2610,28 @@ def pair_captions(path: Path, rows: Sequence[Row], examples: Sequence[Example]) 
     """The captions of the rows in the order of the examples: by the first kind of name under which
     all find each other. Kinds are never mixed, since one picture's id may be another's name. Raises
     UserError with what is left over, by the kind that leaves least."""
-    kinds = [(lambda example: example.image_id, str)]  # the name of an example, of a row
-    kinds += [(lambda example: example.image.name, os.path.basename)]
-    kinds += [(lambda example: example.image.stem, lambda name: Path(name).stem)]
+    names = [row.name for row in rows]
+    kinds = [([each.image_id for each in examples], names)]
+    kinds += [([each.image.name for each in examples], [Path(name).name for name in names])]
+    kinds += [([each.image.stem for each in examples], [Path(name).stem for name in names])]
     faults = []
-    for name_of_example, name_of_row in kinds:
-        wanted = [name_of_example(example) for example in examples]
-        given = [name_of_row(row.name) for row in rows]
-        caption_of = dict(zip(given, [row.captions[0] for row in rows]))
-        twice = [n for n, k in collections.Counter(given).items() if k > 1]
-        twice += [n for n, k in collections.Counter(wanted).items() if k > 1]
-        lacking = [name for name in wanted if name not in caption_of]
-        spare = sorted(caption_of.keys() - set(wanted))
-        if not (lacking or spare or twice):
+    for wanted, given in kinds:
+        caption_of = {name: row.captions[0] for name, row in zip(given, rows)}
+        times = [*Counter(given).items(), *Counter(wanted).items()]
+        left = {"without a caption": [name for name in wanted if name not in caption_of]}
+        left["not in the data"] = sorted(caption_of.keys() - set(wanted))
+        left["there twice"] = [name for name, count in times if count > 1]
+        if not any(left.values()):
             return [caption_of[name] for name in wanted]
-        found = {"without a caption": lacking, "not in the data": spare, "there twice": twice}
-        texts = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
-                 for what, names in found.items() if names]  # fmt: skip
-        faults.append((len(lacking + spare + twice), "; ".join(texts)))
-    _, least = min(faults, key=lambda fault: fault[0])
-    raise UserError(f"{path}: does not match the pictures: {least}")
+        faults.append(left)
+
+    least = min(faults, key=lambda left: sum(map(len, left.values())))
+    texts = []
+    for what, names in least.items():
+        if names:
+            more = ", ..." if len(names) > 3 else ""
+            texts.append(f"{len(names)} {what} ({', '.join(names[:3])}{more})")
+    raise UserError(f"{path}: does not match the pictures: {'; '.join(texts)}")
 
 
 SHARES = ("R@1", "R@5", "R@10", "well_formed", "faithful", "distinct", "repetition", "identical")
@@ -2641,8 +2643,10 @@ def flat(measures: dict) -> dict[str, float]:
     """Measures with those of several CLIPs in one row: NAME measure."""
     found = {}
     for name, value in measures.items():
-        nested = flat(value) if isinstance(value, dict) else {}
-        found |= {f"{name} {inner}": each for inner, each in nested.items()} or {name: value}
+        if isinstance(value, dict):
+            found |= {f"{name} {inner}": each for inner, each in value.items()}
+        else:
+            found[name] = value
     return found
 
 
@@ -2667,9 +2671,8 @@ def table(columns: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-# What the results of one table have in common, and what the reader is told where they do not.
-SAME = {"digest": "data", "split": "split", "pictures": "pictures", "tokenizer": "tokenizer",
-        "clip": "clip", "bag_size": "bag_size"}  # fmt: skip
+# What the results of one table must have in common; the digest is of their data.
+SAME = ("digest", "split", "pictures", "tokenizer", "clip", "bag_size")
 
 
 def read_results(paths: Sequence[str]) -> dict[str, list[dict[str, float]]]:
@@ -2677,13 +2680,15 @@ def read_results(paths: Sequence[str]) -> dict[str, list[dict[str, float]]]:
     something else, and for results of different data."""
     groups: dict[str, list[dict[str, float]]] = {}
     results = [parse_json(path, read_text(Path(path))) for path in paths]
+    first = results[0]
     for path, result in zip(paths, results):
         with explain(f"{path}: no results of eval --out"):
             groups.setdefault(str(result["name"]), []).append(flat(result["measures"]))
-            differ = [f"{what} {results[0][what]} and {result[what]}"
-                      for key, what in SAME.items() if results[0][key] != result[key]]  # fmt: skip
-        if differ:
-            raise UserError(f"{paths[0]}, {path}: not to be compared: {'; '.join(differ)}")
+            about = f"data {first['data']} and {result['data']}"
+            keys = [key for key in SAME if first[key] != result[key]]
+        if keys:
+            differ = "; ".join(f"{key} {first[key]} and {result[key]}" for key in keys)
+            raise UserError(f"{paths[0]}, {path}: not to be compared: {about}: {differ}")
     return groups
 
 
@@ -2691,25 +2696,28 @@ def results_table(paths: Sequence[str], form: str) -> str:
     """Results of `eval --out` as a table in Markdown or LaTeX: a row for each name, the mean ± the
     standard deviation of its files, the best of each measure in bold."""
     groups = read_results(paths)
-    common = set.intersection(*(set(each) for group in groups.values() for each in group))
-    names = [name for name in next(iter(groups.values()))[0] if name in common]
+    seeds = [*itertools.chain(*groups.values())]
+    names = [name for name in seeds[0] if all(name in each for each in seeds)]
     rows = [[heading] for heading in groups]
     for name in names:
         columns = [[each[name] for each in group] for group in groups.values()]
         means = [statistics.fmean(values) for values in columns]
-        best = (min if name.endswith(LOWER) else max)(means)
-        rivals = len(rows) > 1 and not name.endswith(NEITHER)
+        best = shown(name, min(means) if name.endswith(LOWER) else max(means))
         for row, mean, values in zip(rows, means, columns):
-            spread = f" ± {shown(name, statistics.stdev(values))}" if len(values) > 1 else ""
-            bold = "**" * (rivals and shown(name, mean) == shown(name, best))
-            row.append(f"{bold}{shown(name, mean)}{spread}{bold}")
+            cell = shown(name, mean)
+            bold = cell == best and len(rows) > 1 and not name.endswith(NEITHER)
+            if len(values) > 1:
+                cell += f" ± {shown(name, statistics.stdev(values))}"
+            row.append(f"**{cell}**" if bold else cell)
+
+    special = r"\|" if form == "markdown" else r"[_%#$&{}]"
+    rows = [[re.sub(special, r"\\\g<0>", cell) for cell in row] for row in [["", *names], *rows]]
     if form == "markdown":
-        rows = [["", *names], ["---"] * (len(names) + 1), *rows]
+        rows.insert(1, ["---"] * len(rows[0]))
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    text = " \\\\\n".join(" & ".join(row) for row in [["", *names], *rows])
-    text = re.sub(r"[_%#$]", r"\\\g<0>", text).replace("±", r"$\pm$")
+    text = "".join(" & ".join(row) + " \\\\\n" for row in rows).replace("±", r"$\pm$")
     text = re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", text)
-    return f"\\begin{{tabular}}{{l{'r' * len(names)}}}\n{text} \\\\\n\\end{{tabular}}"
+    return f"\\begin{{tabular}}{{l{'r' * len(names)}}}\n{text}\\end{{tabular}}"
 
 
 # ---- 11  Toy world: pictures of two shapes, whose truth is known ---------------------------------
