@@ -2331,15 +2331,15 @@ class Measures(dict):
     """Measures of captions by name: of all together. `each` has the values of every caption alone,
     of those measures that exist for one. Where `overall` says nothing else, all is their mean."""
 
-    def __init__(self, each: dict[str, list], overall: dict[str, float] | None = None) -> None:
+    def __init__(self, each: dict[str, list], **overall: float) -> None:
         means = {name: statistics.fmean(values) for name, values in each.items()}
-        super().__init__(means | (overall or {}))
+        super().__init__(means | overall)
         self.each = dict(each)
 
-    def add(self, other: Measures, heading: str = "") -> None:
-        """Take over other measures, under a heading if there is one."""
-        self.update({heading: other} if heading else other)
-        self.each.update({heading: other.each} if heading else other.each)
+    def add(self, other: Measures) -> None:
+        """Take over other measures."""
+        self.update(other)
+        self.each.update(other.each)
 
 
 def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 256,
@@ -2353,7 +2353,7 @@ def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 256,
     # One tensor, made first: small ones between the large that come and go would hold up memory.
     ranks = torch.empty(len(queries), dtype=torch.long, device=queries.device)
     for rows in torch.arange(len(queries), device=queries.device).split(chunk):
-        own = (queries[rows] * targets[rows]).sum(dim=1, keepdim=True)
+        own = similarity_reward(queries[rows], targets[rows])[:, None]
         if pools is None:
             similarity = queries[rows] @ targets.T  # (chunk, N)
         else:
@@ -2393,7 +2393,7 @@ def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor, bag_size: in
     for name, pools in [("bag_R@1", bags), ("rd100_R@1", followers[circle.argsort()])]:
         ranks = retrieval_ranks(caption_embeddings, image_embeddings, pools=pools)
         each[name] = (ranks == 1).int().tolist()
-    return Measures(each, overall)
+    return Measures(each, **overall)
 
 
 def clip_scores(captions: Sequence[str], references: Sequence[Sequence[str]],
@@ -2456,8 +2456,8 @@ def meteor(human: dict, written: dict) -> tuple[float, list[float]]:
     """METEOR by pycocoevalcap. Raises UserError if its Java program fails."""
     from pycocoevalcap.meteor.meteor import Meteor
 
-    others = os.environ.get("JAVA_TOOL_OPTIONS", "").removesuffix(JAVA_OPTIONS)
-    os.environ["JAVA_TOOL_OPTIONS"] = others + f" {JAVA_OPTIONS}"
+    options = os.environ.get("JAVA_TOOL_OPTIONS", "")
+    os.environ["JAVA_TOOL_OPTIONS"] = f"{options} {JAVA_OPTIONS}"
     scorer = Meteor()
     try:
         with explain("--metrics meteor: its Java program failed"):
@@ -2502,8 +2502,8 @@ def reference_measures(captions: Sequence[str], references: Sequence[Sequence[st
         with explain("--metrics spice: its Java program failed", "; it wants Java 8 to 15"):
             score, parts = Spice().compute_score(human, written)
         found["spice"] = score, [part["All"]["f"] for part in parts]
-    each = {name: list(map(float, values)) for name, (_, values) in found.items()}
-    return Measures(each, {name: float(score) for name, (score, _) in found.items()})
+    each = {name: list(values) for name, (_, values) in found.items()}
+    return Measures(each, **{name: score for name, (score, _) in found.items()})
 
 
 def self_bleu(captions: Sequence[str]) -> list[float]:
@@ -2544,8 +2544,8 @@ def diversity(captions: Sequence[str]) -> Measures:
         "repetition": [int(len(set(zip(w, w[1:], w[2:]))) < len(w) - 2) for w in words],
         "identical": [int(times[caption] > 1) for caption in captions],
     }
-    distinct = len(times) / len(captions)
-    return Measures(each, {"distinct": distinct, "vocabulary": len(set().union(*words))})
+    vocabulary = set().union(*words)
+    return Measures(each, distinct=len(times) / len(captions), vocabulary=len(vocabulary))
 
 
 def measure(captions: Sequence[str], examples: Sequence[Example],
@@ -2556,13 +2556,15 @@ def measure(captions: Sequence[str], examples: Sequence[Example],
     references = [example.references for example in examples]
     measures = Measures({})
     for name, (clip, image_embeddings) in clips.items():
-        seen = Measures({})
+        seen = measures
+        if len(clips) > 1:
+            seen = measures[name] = Measures({})
+            measures.each[name] = seen.each
         if "retrieval" in config.metrics:
             embeddings = clip.embed_captions(captions)
             seen.add(retrieval(embeddings, image_embeddings, config.bag_size, config.seed))
         if "clipscore" in config.metrics:
             seen.add(clip_scores(captions, references, image_embeddings, clip))
-        measures.add(seen, heading=name if len(clips) > 1 else "")
     if set(REFERENCE_METRICS) & set(config.metrics):
         measures.add(reference_measures(captions, references, config.metrics, config.tokenizer))
     if "diversity" in config.metrics:
@@ -2594,8 +2596,7 @@ def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
             where = f"{path}: [{number}]"
             if not isinstance(row, dict) or type(row.get("image_id")) not in (int, str):
                 raise UserError(f"{where}: needs an image_id and a caption")
-            fields = {"file_name": str(row["image_id"]), "caption": row.get("caption")}
-            rows.append(make_row(where, fields))
+            rows.append(make_row(where, row | {"file_name": str(row["image_id"])}))
     else:
         rows += read_data(path)
     for row in rows:
@@ -2628,9 +2629,8 @@ def pair_captions(path: Path, rows: Sequence[Row], examples: Sequence[Example]) 
     least = min(faults, key=lambda left: sum(map(len, left.values())))
     texts = []
     for what, names in least.items():
-        if names:
-            more = ", ..." if len(names) > 3 else ""
-            texts.append(f"{len(names)} {what} ({', '.join(names[:3])}{more})")
+        some = ", ".join([*names[:3], "..."][: len(names)])
+        texts += [f"{len(names)} {what} ({some})"] if names else []
     raise UserError(f"{path}: does not match the pictures: {'; '.join(texts)}")
 
 
@@ -2643,10 +2643,8 @@ def flat(measures: dict) -> dict[str, float]:
     """Measures with those of several CLIPs in one row: NAME measure."""
     found = {}
     for name, value in measures.items():
-        if isinstance(value, dict):
-            found |= {f"{name} {inner}": each for inner, each in value.items()}
-        else:
-            found[name] = value
+        inner = value if isinstance(value, dict) else {"": value}
+        found |= {f"{name} {measure}".strip(): each for measure, each in inner.items()}
     return found
 
 
@@ -2678,7 +2676,7 @@ SAME = ("digest", "split", "pictures", "tokenizer", "clip", "bag_size")
 def read_results(paths: Sequence[str]) -> dict[str, list[dict[str, float]]]:
     """By name, the measures of results that `eval --out` wrote. Raises UserError for a file that is
     something else, and for results of different data."""
-    groups: dict[str, list[dict[str, float]]] = {}
+    groups = {}
     results = [parse_json(path, read_text(Path(path))) for path in paths]
     first = results[0]
     for path, result in zip(paths, results):
@@ -4045,15 +4043,15 @@ def evaluate_command(config: EvalConfig) -> None:
         return
     check_java(config.metrics, config.tokenizer)
     looks = bool(set(CLIP_METRICS) & set(config.metrics))
-    need_pictures = looks or not config.captions
     skipped: list[Skipped] = []
+    need_pictures = looks or not config.captions
     examples = read_examples(config.data, config.images, config.split, need_pictures, skipped)
     if not config.split:  # of data with splits, the one that is for this
         examples = [each for each in examples if each.split == "test"] or examples
     warn_of_training_pictures(examples, config)
     if skipped:
         first = f"the first: {skipped[0].name}: {skipped[0].reason}"
-        print(f"distcap: left out {len(skipped)} pictures or captions; {first}", file=sys.stderr)
+        say(f"left out {len(skipped)} pictures or captions; {first}")
     if config.captions:
         captions = read_captions(Path(config.captions), examples)
     else:
@@ -4063,8 +4061,7 @@ def evaluate_command(config: EvalConfig) -> None:
 
     images = [example.image for example in examples]
     if not config.captions:
-        limits = dict(min_new_tokens=min(config.min_length, config.max_length))
-        captions = caption_all(captioner, images, config, **limits)
+        captions = caption_all(captioner, images, config, min_new_tokens=config.min_length)
     if config.out and process_rank() == 0:
         written = coco_results(examples, captions)
         write_text(Path(config.out).with_suffix(".captions.json"), written)
@@ -4075,7 +4072,7 @@ def evaluate_command(config: EvalConfig) -> None:
     print(table({Path(config.data).resolve().name: measures}))
     if len(examples) < 50 and "cider" in config.metrics:
         few = f"only {len(examples)} pictures: CIDEr weighs words by how rare they are among them"
-        print(f"distcap: {few}, and means little below 50", file=sys.stderr)
+        say(f"{few}, and means little below 50")
     if config.out:
         write_results(config, names, examples, captions, measures)
 
@@ -4094,11 +4091,11 @@ def warn_of_training_pictures(examples: Sequence[Example], config: EvalConfig) -
     """Say so if the captioner's run has learned from some of the pictures."""
     names = Path(config.captioner, "training.txt")
     if not config.captions and names.is_file():
-        learned = set(names.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+        learned = set(names.read_text(encoding="utf-8", errors="surrogateescape").split("\n"))
         count = sum(os.path.realpath(example.image) in learned for example in examples)
         if count:
             what = f"{count} of {len(examples)} pictures were trained on, by {config.captioner}"
-            print(f"distcap: {what}; its test/ holds others", file=sys.stderr)
+            say(f"{what}; its test/ holds others")
 
 
 def write_results(config: EvalConfig, clips: Sequence[str], examples: Sequence[Example],
@@ -4112,13 +4109,12 @@ def write_results(config: EvalConfig, clips: Sequence[str], examples: Sequence[E
         rows[os.path.relpath(example.image, out.parent)] = {"caption": caption} | own
     write_rows(out.with_suffix(".each.jsonl"), rows)
 
-    digest = hashlib.sha256(json.dumps([(e.image_id, e.references) for e in examples]).encode())
-    name = config.name or config.captions or config.captioner
-    about = dict(name=name, data=config.data, digest=digest.hexdigest()[:16], split=config.split)
-    about |= dict(pictures=len(examples), clip=list(clips))
-    settings = ["captions"] if config.captions else DECODING
-    for setting in [*settings, "bag_size", "tokenizer", "seed"]:
-        about[setting] = getattr(config, setting)
+    about = vars(config) | dict(pictures=len(examples), clip=list(clips))
+    if config.captions:  # what captioner wrote them, and how, is not known
+        about |= dict.fromkeys(DECODING)
+    about["name"] = config.name or config.captions or config.captioner
+    data = json.dumps([(example.image_id, example.references) for example in examples])
+    about["digest"] = hashlib.sha256(data.encode()).hexdigest()[:16]
     about["versions"] = {name: version(name) for name in PACKAGES}
     write_text(out, json.dumps(about | {"measures": measures}, indent=2) + "\n")
 
@@ -4143,16 +4139,15 @@ def ignored_flags(config: Decoding) -> dict[str, str]:
     elif isinstance(config, EvalConfig):
         if config.captions:
             ignored = dict.fromkeys([*DECODING, "batch_size"], "captions")
-        if not set(CLIP_METRICS) & set(config.metrics):
-            ignored["clip"] = "metrics"
-        if "retrieval" not in config.metrics:
-            ignored["bag_size"] = "metrics"
-        if not set(REFERENCE_METRICS) & set(config.metrics):
-            ignored["tokenizer"] = "metrics"
-        ignored |= {"format": "table"} | ({} if config.out else {"name": "out"})
+        uses = {"clip": CLIP_METRICS, "bag_size": ["retrieval"], "tokenizer": REFERENCE_METRICS}
+        for name, metrics in uses.items():
+            if not set(metrics) & set(config.metrics):
+                ignored[name] = "metrics"
+        if not config.out:
+            ignored["name"] = "out"
+        ignored["format"] = "table"
         if config.table:
-            names = {field.name for field in dataclasses.fields(config)} - {"table", "format"}
-            ignored = dict.fromkeys(names, "table")
+            ignored = dict.fromkeys(vars(config).keys() - {"table", "format"}, "table")
     elif isinstance(config, TrainConfig):
         ignored = ignored_settings(config)
         if config.regularizer not in ("discriminator", "grammar"):
