@@ -2659,14 +2659,12 @@ def shown(name: str, value: float) -> str:
 
 def table(columns: dict[str, dict]) -> str:
     """Measures as lines of text, with a column for each mapping; shares are in percent."""
-    rows = {heading: flat(measures) for heading, measures in columns.items()}
-    names = list(next(iter(rows.values())))
-    width = max(26, *map(len, names))
-    lines = [" " * width + "".join(f" {heading:>10}" for heading in rows)]
-    for name in names:
-        cells = [f" {shown(name, measures[name]):>10}" for measures in rows.values()]
-        lines.append(f"{name:{width}}" + "".join(cells))
-    return "\n".join(lines)
+    measures = [flat(each) for each in columns.values()]
+    rows = [["", *columns]]
+    rows += [[name, *(shown(name, each[name]) for each in measures)] for name in measures[0]]
+    width = max(26, *(len(name) for name, *_ in rows))
+    lines = [[f"{name:{width}}", *(f"{cell:>10}" for cell in cells)] for name, *cells in rows]
+    return "\n".join(map(" ".join, lines))
 
 
 # What the results of one table must have in common; the digest is of their data.
@@ -4200,29 +4198,28 @@ def check(config: Decoding, given: set[str]) -> None:
             own = "the toy world trains its own, unless --captioner is given too"
             raise UserError(f"--clip {config.clip}: {own}")
         return
+    if (config.min_length or 0) > (config.max_length or math.inf):
+        above = f"is above --max-length {config.max_length}"
+        raise UserError(f"--min-length {config.min_length}: {above}")
     if isinstance(config, EvalConfig) and not config.table and not config.data:
         raise UserError("eval: which DATA? give a data set, or results with --table")
-    if isinstance(config, CaptionConfig):
-        check_caption(config)
     if config.out is not None:
-        if isinstance(config, EvalConfig):
-            if not config.out.endswith(".json"):
-                raise UserError(f"--out {config.out}: must be a .json file")
-            for path in filter(None, (config.data, config.captions)):
-                for suffix in (".json", ".each.jsonl", ".captions.json"):
-                    if Path(path).resolve() == Path(config.out).with_suffix(suffix).resolve():
-                        raise UserError(f"--out {config.out}: would write over {path}")
-        if not Path(config.out).parent.is_dir():
-            raise UserError(f"--out {config.out}: must be in a folder that exists; make it first")
+        check_out(config)
 
 
-def check_caption(config: CaptionConfig) -> None:
-    """What `check` refuses of `distcap caption` alone."""
-    longest = config.max_length or math.inf
-    if (config.min_length or 0) > longest:
-        raise UserError(f"--min-length {config.min_length}: is above --max-length {longest}")
-    if config.out is not None and not config.out.endswith((".jsonl", ".csv", ".html")):
+def check_out(config: CaptionConfig | EvalConfig) -> None:
+    """Refuse an --out that cannot be written, or in whose place is what eval reads."""
+    evaluates = isinstance(config, EvalConfig)
+    if evaluates and not config.out.endswith(".json"):
+        raise UserError(f"--out {config.out}: must be a .json file")
+    if not evaluates and not config.out.endswith((".jsonl", ".csv", ".html")):
         raise UserError(f"--out {config.out}: must be a .jsonl, .csv or .html file")
+    if not Path(config.out).parent.is_dir():
+        raise UserError(f"--out {config.out}: must be in a folder that exists; make it first")
+    for path in (config.data, config.captions) if evaluates else ():
+        for suffix in (".json", ".each.jsonl", ".captions.json"):
+            if path and Path(path).resolve() == Path(config.out).with_suffix(suffix).resolve():
+                raise UserError(f"--out {config.out}: would write over {path}")
 
 
 class Parser(argparse.ArgumentParser):
