@@ -2348,7 +2348,7 @@ def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 256,
     are lost: who says one thing of every picture finds none. With `pools` (N, M), among the targets
     pools[n] alone, n one of them. Raises UserError for embeddings that are not finite, which would
     rank first."""
-    if not (queries.isfinite().all() and targets.isfinite().all()):
+    if not (queries + targets).isfinite().all():
         raise UserError("CLIP's embeddings are not finite and cannot be ranked; try another --clip")
     # One tensor, made first: small ones between the large that come and go would hold up memory.
     ranks = torch.empty(len(queries), dtype=torch.long, device=queries.device)
@@ -2405,9 +2405,9 @@ def clip_scores(captions: Sequence[str], references: Sequence[Sequence[str]],
 
     texts = [f"A photo depicts {text}" for text in itertools.chain(*references)]
     counts = [len(texts) for texts in references]
-    rows = [row for row, count in enumerate(counts) for _ in range(count)]
-    cosines = similarity_reward(clip.embed_captions(texts), embeddings[rows])
-    nearest = torch.stack([some.max() for some in cosines.split(counts)]).clamp(min=0)
+    human = clip.embed_captions(texts).split(counts)
+    cosines = [(some @ own).max() for some, own in zip(human, embeddings)]
+    nearest = torch.stack(cosines).clamp(min=0)
     harmonic = 2 * scores * nearest / (scores + nearest).clamp(min=1e-12)
     return Measures({"clip_score": scores.tolist(), "ref_clip_score": harmonic.tolist()})
 
@@ -2537,11 +2537,12 @@ def diversity(captions: Sequence[str]) -> Measures:
     repetition, the share with a 3-gram that occurs twice; identical, the share that another picture
     has too; distinct, different captions over captions; vocabulary, different words."""
     words = [plain_words(caption).split() for caption in captions]
+    trigrams = [list(zip(each, each[1:], each[2:])) for each in words]
     times = Counter(captions)
     each = {
         "mean_length": [len(caption.split()) for caption in captions],
         "self_bleu": self_bleu(captions),
-        "repetition": [int(len(set(zip(w, w[1:], w[2:]))) < len(w) - 2) for w in words],
+        "repetition": [int(len(set(each)) < len(each)) for each in trigrams],
         "identical": [int(times[caption] > 1) for caption in captions],
     }
     vocabulary = set().union(*words)
@@ -2611,18 +2612,20 @@ def pair_captions(path: Path, rows: Sequence[Row], examples: Sequence[Example]) 
     """The captions of the rows in the order of the examples: by the first kind of name under which
     all find each other. Kinds are never mixed, since one picture's id may be another's name. Raises
     UserError with what is left over, by the kind that leaves least."""
-    names = [row.name for row in rows]
-    kinds = [([each.image_id for each in examples], names)]
-    kinds += [([each.image.name for each in examples], [Path(name).name for name in names])]
-    kinds += [([each.image.stem for each in examples], [Path(name).stem for name in names])]
+    ids = [example.image_id for example in examples]
+    files = [str(example.image) for example in examples]
+    kinds = [(str, ids), (os.path.basename, files), (lambda name: Path(name).stem, files)]
     faults = []
-    for wanted, given in kinds:
-        caption_of = {name: row.captions[0] for name, row in zip(given, rows)}
-        times = [*Counter(given).items(), *Counter(wanted).items()]
-        left = {"without a caption": [name for name in wanted if name not in caption_of]}
-        left["not in the data"] = sorted(caption_of.keys() - set(wanted))
-        left["there twice"] = [name for name, count in times if count > 1]
+    for kind, names in kinds:
+        wanted = Counter(map(kind, names))
+        given = Counter(kind(row.name) for row in rows)
+        left = {
+            "without a caption": [name for name in wanted if name not in given],
+            "not in the data": [name for name in given if name not in wanted],
+            "there twice": [name for name, count in (wanted | given).items() if count > 1],
+        }
         if not any(left.values()):
+            caption_of = {kind(row.name): row.captions[0] for row in rows}
             return [caption_of[name] for name in wanted]
         faults.append(left)
 
@@ -2667,24 +2670,19 @@ def table(columns: dict[str, dict]) -> str:
     return "\n".join(map(" ".join, lines))
 
 
-# What the results of one table must have in common; the digest is of their data.
-SAME = ("digest", "split", "pictures", "tokenizer", "clip", "bag_size")
-
-
 def read_results(paths: Sequence[str]) -> dict[str, list[dict[str, float]]]:
     """By name, the measures of results that `eval --out` wrote. Raises UserError for a file that is
     something else, and for results of different data."""
-    groups = {}
+    same = ("digest", "split", "pictures", "tokenizer", "clip", "bag_size")
     results = [parse_json(path, read_text(Path(path))) for path in paths]
-    first = results[0]
+    groups, first = {}, results[0]
     for path, result in zip(paths, results):
         with explain(f"{path}: no results of eval --out"):
             groups.setdefault(str(result["name"]), []).append(flat(result["measures"]))
-            about = f"data {first['data']} and {result['data']}"
-            keys = [key for key in SAME if first[key] != result[key]]
-        if keys:
-            differ = "; ".join(f"{key} {first[key]} and {result[key]}" for key in keys)
-            raise UserError(f"{paths[0]}, {path}: not to be compared: {about}: {differ}")
+            differ = [key for key in same if first[key] != result[key]]
+        if differ:
+            texts = [f"{key} {first[key]} and {result[key]}" for key in ("data", *differ)]
+            raise UserError(f"{paths[0]}, {path}: not to be compared: {'; '.join(texts)}")
     return groups
 
 
@@ -2692,8 +2690,8 @@ def results_table(paths: Sequence[str], form: str) -> str:
     """Results of `eval --out` as a table in Markdown or LaTeX: a row for each name, the mean ± the
     standard deviation of its files, the best of each measure in bold."""
     groups = read_results(paths)
-    seeds = [*itertools.chain(*groups.values())]
-    names = [name for name in seeds[0] if all(name in each for each in seeds)]
+    files = [*itertools.chain(*groups.values())]
+    names = [name for name in files[0] if all(name in each for each in files)]
     rows = [[heading] for heading in groups]
     for name in names:
         columns = [[each[name] for each in group] for group in groups.values()]
@@ -2707,12 +2705,13 @@ def results_table(paths: Sequence[str], form: str) -> str:
             row.append(f"**{cell}**" if bold else cell)
 
     special = r"\|" if form == "markdown" else r"[_%#$&{}]"
-    rows = [[re.sub(special, r"\\\g<0>", cell) for cell in row] for row in [["", *names], *rows]]
+    rows.insert(0, ["", *names])
+    rows = [[re.sub(special, r"\\\g<0>", cell) for cell in row] for row in rows]
     if form == "markdown":
         rows.insert(1, ["---"] * len(rows[0]))
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    text = "".join(" & ".join(row) + " \\\\\n" for row in rows).replace("±", r"$\pm$")
-    text = re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", text)
+    text = "".join(" & ".join(row) + " \\\\\n" for row in rows)
+    text = re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", text).replace("±", r"$\pm$")
     return f"\\begin{{tabular}}{{l{'r' * len(names)}}}\n{text}\\end{{tabular}}"
 
 
@@ -4107,7 +4106,7 @@ def write_results(config: EvalConfig, clips: Sequence[str], examples: Sequence[E
         rows[os.path.relpath(example.image, out.parent)] = {"caption": caption} | own
     write_rows(out.with_suffix(".each.jsonl"), rows)
 
-    about = vars(config) | dict(pictures=len(examples), clip=list(clips))
+    about = vars(config) | dict(pictures=len(examples), clip=clips)
     if config.captions:  # what captioner wrote them, and how, is not known
         about |= dict.fromkeys(DECODING)
     about["name"] = config.name or config.captions or config.captioner

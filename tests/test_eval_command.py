@@ -191,6 +191,7 @@ def test_meteor_and_ptb_from_the_command_line(data, no_models, tmp_path, capfd):
         ("--name x", "--name: changes nothing without --out"),
         ("--format latex", "--format: changes nothing without --table"),
         ("--table x.json", "--data: changes nothing with --table x.json"),
+        ("--min-length 21", "--min-length 21: is above --max-length 20"),
         ("--out x", "must be a .json file"),
         ("--out data.json", "would write over data.json"),
         ("--captions x.captions.json --out x.json", "would write over x.captions.json"),
@@ -308,9 +309,21 @@ def test_tables_by_hand(tmp_path, no_models, capsys):
         r"my\_rl & \textbf{2.000} & 9 & 25.0\% \\",
         r"\end{tabular}",
     ]
+    odd = result(tmp_path / "odd.json", "a & b|c", cider=1.0)
+    assert run_eval("--table", odd) == run_eval("--table", odd, "--format", "latex") == 0
+    text = capsys.readouterr().out
+    assert r"| a & b\|c | 1.000 |" in text and r"a \& b|c & 1.000 \\" in text
     lower = [result(tmp_path / f"{n}.json", f"{n}", self_bleu=n / 4) for n in (1, 2)]
     assert run_eval("--table", *lower) == 0
     assert "| 1 | **0.250** |\n| 2 | 0.500 |" in capsys.readouterr().out
+
+
+def test_ids_are_numbers_where_they_were_in_coco(tmp_path):
+    names = ["0", "391895", "007", "1.jpg", "\u0663"]
+    examples = [distcap.Example(name, Path("x.jpg"), ("a",)) for name in names]
+    distcap.write_coco(tmp_path / "x.json", examples, ["a dog"] * 5)
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert [row["image_id"] for row in rows] == [0, 391895, "007", "1.jpg", "\u0663"]
 
 
 def test_rows_of_other_data_are_not_compared(tmp_path, capsys):
