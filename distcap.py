@@ -2502,8 +2502,10 @@ def reference_measures(captions: Sequence[str], references: Sequence[Sequence[st
         with explain("--metrics spice: its Java program failed", "; it wants Java 8 to 15"):
             score, parts = Spice().compute_score(human, written)
         found["spice"] = score, [part["All"]["f"] for part in parts]
-    each = {name: list(values) for name, (_, values) in found.items()}
-    return Measures(each, **{name: score for name, (score, _) in found.items()})
+    measures = Measures({})
+    for name, (score, values) in found.items():
+        measures[name], measures.each[name] = score, list(values)
+    return measures
 
 
 def self_bleu(captions: Sequence[str]) -> list[float]:
@@ -2515,7 +2517,7 @@ def self_bleu(captions: Sequence[str]) -> list[float]:
     texts = [plain_words(caption) for caption in captions]
     cooked = [precook(text) for text in texts]  # of each its length and {n-gram: count}
     lengths = Counter(length for length, _ in cooked)
-    highest: dict[tuple, list[int]] = {}
+    highest = {}  # of each n-gram, lowest first
     for _, counts in cooked:
         for ngram, count in counts.items():
             highest[ngram] = sorted([*highest.get(ngram, [0, 0]), count])[1:]
@@ -2670,18 +2672,18 @@ def table(columns: dict[str, dict]) -> str:
     return "\n".join(map(" ".join, lines))
 
 
-def read_results(paths: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+def read_results(paths: Sequence[str]) -> dict[str, list[dict]]:
     """By name, the measures of results that `eval --out` wrote. Raises UserError for a file that is
     something else, and for results of different data."""
-    same = ("digest", "split", "pictures", "tokenizer", "clip", "bag_size")
+    about = ("data", "split", "pictures", "digest", "tokenizer", "clip", "bag_size")
     results = [parse_json(path, read_text(Path(path))) for path in paths]
     groups, first = {}, results[0]
     for path, result in zip(paths, results):
         with explain(f"{path}: no results of eval --out"):
             groups.setdefault(str(result["name"]), []).append(flat(result["measures"]))
-            differ = [key for key in same if first[key] != result[key]]
-        if differ:
-            texts = [f"{key} {first[key]} and {result[key]}" for key in ("data", *differ)]
+            differ = [key for key in about if first[key] != result[key]]
+        if set(differ) & set(about[3:]):  # of the same digest, names for the data may differ
+            texts = [f"{key} {first[key]} and {result[key]}" for key in differ]
             raise UserError(f"{paths[0]}, {path}: not to be compared: {'; '.join(texts)}")
     return groups
 

@@ -318,11 +318,10 @@ def test_tables_by_hand(tmp_path, no_models, capsys):
     assert "| 1 | **0.250** |\n| 2 | 0.500 |" in capsys.readouterr().out
 
 
-def test_ids_are_numbers_where_they_were_in_coco(tmp_path):
+def test_ids_are_numbers_where_they_were_in_coco():
     names = ["0", "391895", "007", "1.jpg", "\u0663"]
     examples = [distcap.Example(name, Path("x.jpg"), ("a",)) for name in names]
-    distcap.write_coco(tmp_path / "x.json", examples, ["a dog"] * 5)
-    rows = json.loads((tmp_path / "x.json").read_text())
+    rows = json.loads(distcap.coco_results(examples, ["a dog"] * 5))
     assert [row["image_id"] for row in rows] == [0, 391895, "007", "1.jpg", "\u0663"]
 
 
@@ -331,6 +330,9 @@ def test_rows_of_other_data_are_not_compared(tmp_path, capsys):
     two = result(tmp_path / "b.json", "b", digest="e", cider=1)
     line = refusal(capsys, "--table", one, two)
     assert "not to be compared: data data-d and data-e" in line and "b.json" in line
+    same = json.loads(one.read_text()) | {"data": "./data-d", "split": "test"}
+    two.write_text(json.dumps(same))
+    assert run_eval("--table", one, two) == 0  # the same pictures and references, by other names
     (tmp_path / "x.json").write_text("[1]")
     assert "no results of eval" in refusal(capsys, "--table", tmp_path / "x.json")
     assert "nowhere" in refusal(capsys, "--table", "nowhere")
