@@ -823,8 +823,8 @@ class Captioner(nn.Module):
     the model, never scored and never shown), then the words, an end token, and padding."""
 
     default_prompt = "a picture of"  # what a BLIP that comes without a prompt learned to continue
+    writer_name, vision_name = "text_decoder", "vision_model"  # of the model's parts
     bf16 = False
-    checkpointed: tuple[nn.Module, ...] = ()
 
     def __init__(self, model: nn.Module, image_processor, tokenizer, prompt: str | None = None):
         from transformers import GenerationConfig
@@ -857,31 +857,24 @@ class Captioner(nn.Module):
 
     @property
     def writer(self) -> nn.Module:
-        """The part of the model that writes."""
-        return self.model.text_decoder
+        """The part of the model that writes. A part without a name is the whole model."""
+        return self.model.get_submodule(self.writer_name)
 
     @property
     def vision(self) -> nn.Module:
         """The part of the model that sees."""
-        return self.model.vision_model
+        return self.model.get_submodule(self.vision_name)
 
     def checkpoint_vision(self) -> None:
         """Keep of the vision tower's layers only what goes in, and compute them again for the
-        gradient: most of the memory of a step, for a quarter more time."""
+        gradient: most of the memory of a step, for a quarter more time. transformers can do so too,
+        but only in training mode, with dropout."""
+        from torch.utils.checkpoint import checkpoint
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        self.vision.gradient_checkpointing_enable(dict(use_reentrant=False))
         for layer in self.vision.modules():
             if isinstance(layer, GradientCheckpointingLayer):
-                self.checkpointed += (layer,)
-
-    def train(self, mode: bool = True) -> Captioner:
-        """Switch dropout on or off. Layers that are checkpointed believe that they are in training:
-        elsewhere transformers does not checkpoint them."""
-        super().train(mode)
-        for layer in self.checkpointed:
-            layer.training = True
-        return self
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
     def inputs(self, features: Tensor, tokens: Tensor, image_index: Tensor, share=True) -> dict:
         """The writer's arguments: the tokens so far (C, P + T), and what it sees of their images.
@@ -906,7 +899,7 @@ class Captioner(nn.Module):
     @in_precision
     def encode(self, pixels: Tensor) -> Tensor:
         """Features of images: (B, 3, height, width) -> (B, L, H). All that follows starts here."""
-        return self.model.vision_model(pixels.to(self.model.device)).last_hidden_state
+        return self.vision(pixels.to(self.model.device)).last_hidden_state
 
     @staticmethod
     def load(name: str, device: str = "cpu", prompt: str | None = None) -> Captioner:
@@ -1056,21 +1049,12 @@ class EncoderDecoder(Captioner):
     """Any VisionEncoderDecoder of transformers: ViT-GPT2 and the like."""
 
     default_prompt = ""
+    writer_name, vision_name = "", "encoder"  # given features, the whole does not encode again
 
     def special_tokens(self) -> tuple[int, int, int]:
         """The ids of start, end and padding."""
         config = self.model.generation_config
         return config.decoder_start_token_id, config.eos_token_id, config.pad_token_id
-
-    @property
-    def writer(self) -> nn.Module:
-        """The whole model: given features, it does not encode again."""
-        return self.model
-
-    @property
-    def vision(self) -> nn.Module:
-        """The part of the model that sees."""
-        return self.model.encoder
 
     def inputs(self, features: Tensor, tokens: Tensor, image_index: Tensor, share=True) -> dict:
         """The writer's arguments. Decoders differ too much to share anything."""
@@ -1079,31 +1063,18 @@ class EncoderDecoder(Captioner):
         seen = BaseModelOutput(features[image_index])
         return {"decoder_input_ids": tokens, "encoder_outputs": seen}
 
-    @in_precision
-    def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, height, width) -> (B, L, H)."""
-        return self.model.encoder(pixels.to(self.model.device)).last_hidden_state
-
 
 class GIT(Captioner):
-    """Microsoft's GIT: it reads the image as a prefix, so that its features are the pixels."""
+    """Microsoft's GIT: it reads the image as a prefix, so that its features are the pixels, which
+    it encodes anew each time."""
 
     default_prompt = ""
+    writer_name, vision_name = "", "git.image_encoder"
 
     def special_tokens(self) -> tuple[int, int, int]:
         """The ids of start, end and padding."""
         config = self.model.config
         return config.bos_token_id, config.eos_token_id, config.pad_token_id
-
-    @property
-    def writer(self) -> nn.Module:
-        """The whole model, which encodes the image anew each time."""
-        return self.model
-
-    @property
-    def vision(self) -> nn.Module:
-        """The part of the model that sees."""
-        return self.model.git.image_encoder
 
     def inputs(self, features: Tensor, tokens: Tensor, image_index: Tensor, share=True) -> dict:
         """The writer's arguments."""
