@@ -1092,15 +1092,15 @@ class ImageText(GIT):
     pixels, as many as it likes. `tokens` are then (C, T), without what is asked."""
 
     default_prompt = "Describe this picture in one sentence."
+    # Families without a chat template: the prompt that each learned, and what stands around it.
+    plain = {"paligemma": ("caption en", "<image>{}\n"), "blip-2": ("", "{} ")}
 
     def __init__(self, model: nn.Module, processor, tokenizer, prompt: str | None = None):
         family, tokenizer = model.config.model_type, processor.tokenizer
-        if prompt is None:
-            usual = {"paligemma": "caption en", "blip-2": ""}.get(family)
-            prompt = getattr(model.config, "prompt", usual)
+        self.default_prompt, form = self.plain.get(family, (self.default_prompt, "<image>{} "))
         super().__init__(model, processor.image_processor, tokenizer, prompt)
         self.image_processor, self.start = processor, []
-        self.before, after = self.conversation(processor, family)
+        self.before, after = self.conversation(processor, form)
         texts = [self.before.rstrip(" "), after.strip()]
         prompt, closing = tokenizer(texts, add_special_tokens=False).input_ids
         self.skipped = len(prompt)
@@ -1124,12 +1124,11 @@ class ImageText(GIT):
         end = end[0] if isinstance(end, list) else end
         return None, end, end if pad is None else pad
 
-    def conversation(self, processor, family: str) -> tuple[str, str]:
+    def conversation(self, processor, form: str) -> tuple[str, str]:
         """What stands before a caption, with a place for the picture, and what after it: by the
-        checkpoint's chat template, if it has one."""
+        checkpoint's chat template, if it has one, else in this plain form."""
         if not processor.chat_template:
-            plain = {"paligemma": "<image>{}\n", "blip-2": "{} "}.get(family, "<image>{} ")
-            return plain.format(self.prompt).lstrip(), ""
+            return form.format(self.prompt).lstrip(), ""
         question = [{"type": "image"}, {"type": "text", "text": self.prompt}]
         answer = [{"type": "text", "text": "CAPTION"}]
         chat = [dict(role="user", content=question), dict(role="assistant", content=answer)]

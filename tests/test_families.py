@@ -1,7 +1,9 @@
 """Captioners of every family, on tiny random checkpoints saved in the true formats."""
 
+import copy
 import json
 
+import numpy
 import pytest
 import torch
 from conftest import configure
@@ -117,8 +119,9 @@ def captioner(folder):
 
 @pytest.fixture(scope="module")
 def images():
-    torch.manual_seed(1)
-    return [Image.effect_noise((50 + 9 * number, 40), 80).convert("RGB") for number in range(4)]
+    rng = numpy.random.default_rng(1)  # Pillow's effect_noise cannot be seeded
+    sizes = [(40, 50 + 9 * number, 3) for number in range(4)]
+    return [Image.fromarray(rng.integers(0, 256, size, dtype=numpy.uint8)) for size in sizes]
 
 
 @pytest.fixture(scope="module")
@@ -392,6 +395,21 @@ def test_checkpointing_draws_the_same_dropout_again(folder, images):
         grads.append(saved_bytes(captioner, pixels, tokens)[0])
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, atol=1e-5, rtol=1e-4)
+
+
+def test_a_copy_of_a_checkpointed_captioner_sees_with_its_own_weights(folder, images):
+    """The KL regularizer keeps a copy of the captioner as it was."""
+    captioner = distcap.Captioner.load(str(folder), prompt="")
+    captioner.checkpoint_vision()
+    again, tokens = copy.deepcopy(captioner), captioner.tokenize(["a dog with a hat"] * 4, 12)
+    pixels = captioner.pixels(images)
+    before, _ = captioner.log_probs(captioner.encode(pixels), tokens)
+    with torch.no_grad():
+        for weight in captioner.vision.parameters():
+            weight.zero_()
+    blind, _ = captioner.log_probs(captioner.encode(pixels), tokens)
+    copied, _ = again.log_probs(again.encode(pixels), tokens)
+    assert torch.equal(copied, before) and not torch.equal(blind, before)
 
 
 @pytest.mark.parametrize("thrifty", [False, True])
