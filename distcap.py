@@ -1085,6 +1085,10 @@ class GIT(Captioner):
         return pixels.to(self.model.device)
 
 
+# Families without a chat template: the prompt that each learned, and what stands around it.
+PLAIN = {"paligemma": ("caption en", "<image>{}\n"), "blip-2": ("", "{} ")}
+
+
 class ImageText(GIT):
     """Any other image-text-to-text model with a decoder alone: Qwen-VL, SmolVLM, LLaVA, Gemma 3...
 
@@ -1092,12 +1096,10 @@ class ImageText(GIT):
     pixels, as many as it likes. `tokens` are then (C, T), without what is asked."""
 
     default_prompt = "Describe this picture in one sentence."
-    # Families without a chat template: the prompt that each learned, and what stands around it.
-    plain = {"paligemma": ("caption en", "<image>{}\n"), "blip-2": ("", "{} ")}
 
     def __init__(self, model: nn.Module, processor, tokenizer, prompt: str | None = None):
         family, tokenizer = model.config.model_type, processor.tokenizer
-        self.default_prompt, form = self.plain.get(family, (self.default_prompt, "<image>{} "))
+        self.default_prompt, form = PLAIN.get(family, (self.default_prompt, "<image>{} "))
         super().__init__(model, processor.image_processor, tokenizer, prompt)
         self.image_processor, self.start = processor, []
         self.before, after = self.conversation(processor, form)
@@ -1242,9 +1244,8 @@ class CLIP:
         self.model = model.eval().to(device)  # open_clip returns it in training mode
         self.tokenizer, self.device = tokenizer, device
         self.pixels = functools.partial(stack_pixels, preprocess)
-        self.side = int(
-            torch.tensor(model.visual.image_size).max()
-        )  # a number, or height and width
+        size = model.visual.image_size
+        self.side = max(size) if isinstance(size, tuple) else size  # in pixels
         self.logit_scale = model.logit_scale.exp().item()  # s of Eq. 6
 
     @classmethod
@@ -1287,15 +1288,15 @@ class CLIP:
         own = own_share(list(images))
         batches = PictureBatches(own, [self.pixels], 64, self.side)
         rows, failed = [], []
-        bar = Bar(total=len(own), desc="embed", leave=False, disable=quiet or process_rank() > 0)
-        for batch in read_ahead(batches, range(len(batches)), workers):
-            if failures is None:
-                batch.raise_failure()
-            if batch.pixels:
-                rows.append(self.encode_pixels(batch.pixels[0]))
-            failed += batch.failures
-            bar.update(len(batch.failures))
-        bar.close()
+        quiet = quiet or process_rank() > 0
+        with Bar(total=len(own), desc="embed", leave=False, disable=quiet) as bar:
+            for batch in read_ahead(batches, range(len(batches)), workers):
+                bad = [failure for failure in batch.failures if failure]
+                if bad and failures is None:
+                    raise bad[0]
+                rows += [self.encode_pixels(pixels) for pixels in batch.pixels]
+                failed += batch.failures
+                bar.update(len(batch.failures))
         if failures is not None:
             failures += [(n, each) for n, each in enumerate(put_together(failed)) if each]
         rows = [each.to(self.device) for each in put_together(rows)]
@@ -1342,6 +1343,8 @@ class Example:
 HEIF = (".heic", ".heif", ".hif")
 # Readers of Pillow's that run another program, or only know what kind of file it is.
 NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+# What pictures have beside them, and is none.
+COMPANIONS = (".jsonl", ".csv", ".html", ".json", ".txt", ".caption")
 
 
 @functools.cache
@@ -1449,12 +1452,11 @@ def find_images(paths: Iterable[str], recursive: bool = True, listed: Sequence[s
             links = [name for name in folders if recursive and os.path.islink(f"{folder}/{name}")]
             notes += [f"{folder}/{name}: a link to a folder, not followed" for name in links]
             folders[:] = sorted(name for name in folders if recursive and name[0] != ".")
-            shown = [name for name in sorted(names) if name[0] != "."]
-            names = [name for name in shown if name.lower().endswith(suffixes)]
-            others.update(Path(name).suffix for name in {*shown}.difference(names))
-            found |= {Path(folder, name): None for name in names}
-    for companion in (".jsonl", ".csv", ".html", ".json", ".txt", ".caption"):
-        del others[companion]
+            for name in sorted(name for name in names if name[0] != "."):
+                if name.lower().endswith(suffixes):
+                    found[Path(folder, name)] = None
+                elif not name.lower().endswith(COMPANIONS):
+                    others[Path(name).suffix] += 1
     if others:
         kinds = ", ".join(f"{count} {kind or 'without'}" for kind, count in others.most_common(5))
         notes.append(f"files passed over, not pictures by their suffix: {kinds}")
@@ -1467,14 +1469,18 @@ def find_images(paths: Iterable[str], recursive: bool = True, listed: Sequence[s
 def read_text(path: Path) -> str:
     """A file in UTF-8, with or without a byte order mark; each line ends in "\\n". Raises UserError
     with the line that is not UTF-8: characters read wrongly would be trained on."""
-    with explain(f"{path}: cannot be read"):
-        data = path.read_bytes()
     try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        line = len(data[: error.end].splitlines())
+        line = len(error.object[: error.end].splitlines())
         raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def numbered(text: str) -> list[tuple[int, str]]:
+    """The lines of a text that are not blank, each with its number."""
+    return [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
@@ -1504,6 +1510,8 @@ CAPTION_KEYS = ("caption", "captions", "text", "comment")
 def make_row(where: str, fields: dict) -> Row:
     """Check what a data file says of a picture, `where` it says it. Raises UserError if that is no
     name, or no texts. There may be no caption, or an empty one."""
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: not a JSON object with file_name and caption")
     name = next((fields[key] for key in NAME_KEYS if key in fields), None)
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise UserError(f"{where}: no file_name, or one that is not a text")
@@ -1524,52 +1532,43 @@ def parse_json(where: str, text: str, line: int = 1):
     """A JSON value. Raises UserError with the line, where `text` begins at line `line`."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        number = line + error.lineno - 1
-        raise UserError(f"{where}:{number}: not JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}:{line}: not JSON that can be read ({error})") from None
+    except (ValueError, RecursionError) as error:  # wrong; or a number, or depth, beyond limits
+        number = line + getattr(error, "lineno", 1) - 1
+        reason = getattr(error, "msg", error)
+        raise UserError(f"{where}:{number}: not JSON that can be read ({reason})") from None
 
 
 def read_lines(path: Path, text: str) -> Iterator[Row]:
     """Rows of JSON lines: Hugging Face's metadata.jsonl."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            value = parse_json(str(path), line, number)
-            if not isinstance(value, dict):
-                raise UserError(f"{path}:{number}: not a JSON object with file_name and caption")
-            yield make_row(f"{path}:{number}", value)
+    for number, line in numbered(text):
+        yield make_row(f"{path}:{number}", parse_json(str(path), line, number))
 
 
 def read_csv(path: Path, text: str, delimiter: str) -> Iterator[Row]:
     """Rows of a table with a header: metadata.csv, Flickr8k's captions.txt, Flickr30k's results."""
     quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    header = None
-    for number, line in enumerate(text.split("\n"), 1):
+    header: list[str] = []
+    for number, line in numbered(text):
         # By itself: a quote that is never closed would swallow the lines of other pictures.
         what = f"{path}:{number}: not a whole line of a table"
         with explain(what, "; a quoted text must end in its line"):
             (cells,) = csv.reader([line], delimiter=delimiter, quoting=quoting, strict=True)
         cells = [cell.strip() for cell in cells]
-        if not any(cells):
-            continue
-        if header is None:
-            header = [cell.lower() for cell in cells]
-            continue
-        if len(cells) > len(header):
+        if header and len(cells) > len(header):
             count = f"{len(cells)} columns, but {len(header)} in the first line"
             raise UserError(f"{path}:{number}: {count}; a text with a {delimiter} needs quotes")
-        yield make_row(f"{path}:{number}", dict(zip(header, cells)))
+        if header and any(cells):
+            yield make_row(f"{path}:{number}", dict(zip(header, cells)))
+        header = header or [cell.lower() for cell in cells]
 
 
 def read_tokens(path: Path, text: str) -> Iterator[Row]:
     """Rows of `name#number`, tab, caption: Flickr8k.token.txt."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            found = re.fullmatch(r"([^\t]+)#\d+\t([^\t]*)", line)
-            if not found:
-                raise UserError(f"{path}:{number}: not `name#number`, tab, caption")
-            yield make_row(f"{path}:{number}", {"file_name": found[1], "caption": found[2]})
+    for number, line in numbered(text):
+        found = re.fullmatch(r"([^\t]+)#\d+\t([^\t]*)", line)
+        if not found:
+            raise UserError(f"{path}:{number}: not `name#number`, tab, caption")
+        yield make_row(f"{path}:{number}", {"file_name": found[1], "caption": found[2]})
 
 
 def read_karpathy(path: Path, images: Sequence[dict]) -> Iterator[Row]:
@@ -1619,8 +1618,8 @@ def read_sidecars(folder: Path) -> Iterator[Row]:
     """Rows of a folder of pictures, beside each a text file of its name, with a caption a line."""
     for image in find_images([str(folder)]):
         sidecar = image.with_suffix(".txt")
-        lines = read_text(sidecar).split("\n") if sidecar.is_file() else []
-        captions = [line.strip() for line in lines if line.strip()]
+        lines = numbered(read_text(sidecar)) if sidecar.is_file() else []
+        captions = [line.strip() for _, line in lines]
         fields = {"file_name": os.path.relpath(image, folder), "caption": captions}
         yield make_row(str(image), fields)
 
@@ -1762,12 +1761,12 @@ def choose_split(
             for name in {each.image_id, each.image.name, each.image.stem}:
                 owners.setdefault(name, []).append(each)
         listed = set()
-        for number, line in enumerate(read_text(Path(split)).split("\n"), 1):
+        for number, line in numbered(read_text(Path(split))):
             name = line.strip()
             found = owners.get(name) or owners.get(os.path.basename(name)) or []
             if len(found) > 1:
                 raise UserError(f"{split}:{number}: {name!r} is the name of {len(found)} pictures")
-            if name and not found:
+            if not found:
                 skipped.append(Skipped(name, f"in {split}, but not in the data"))
             listed.update(found)
         chosen = [each for each in examples if each in listed]
@@ -1782,21 +1781,8 @@ def choose_split(
     return chosen
 
 
-def read_rows(path: Path) -> dict[str, dict]:
-    """{file_name: row} of a metadata.jsonl. A row's `caption`, in the file a text or a list, is the
-    list of all the picture's captions: its rows are read as one. Raises UserError with the number
-    of the line that is wrong."""
-    rows: dict[str, dict] = {}
-    for row in read_lines(path, read_text(path)):
-        if not row.captions or not all(text.strip() for text in row.captions):
-            raise UserError(f"{path}: {row.name}: has no caption, or an empty one")
-        earlier = rows.get(row.name, {"caption": []})
-        rows[row.name] = earlier | row.more | {"caption": earlier["caption"] + row.captions}
-    return rows
-
-
 def write_rows(path: Path, rows: dict[str, dict]) -> None:
-    """Write what `read_rows` reads, whole or not at all."""
+    """Write {name: what else there is to say} as JSON lines, whole or not at all."""
     lines = [json.dumps({"file_name": name} | row) + "\n" for name, row in rows.items()]
     write_text(path, "".join(lines))
 
@@ -1867,28 +1853,22 @@ class PictureBatch(NamedTuple):
 
     pixels: list[Tensor]  # (B, 3, height, width) for each way to prepare, of those that are good
     failures: list[UserError | None]  # of each picture, in order
-    thumbnails: list[str]  # of those that are good, where they are wanted: addresses for a page
-
-    def raise_failure(self) -> None:
-        """Raise the first failure, if there is one."""
-        for failure in filter(None, self.failures):
-            raise failure
 
 
 class PictureBatches(torch.utils.data.Dataset):
-    """Pictures to look at. Item n is the n-th batch of them, a PictureBatch.
-    `prepare` lists the ways to make pixels of pictures: the captioner's, CLIP's, or both."""
+    """Pictures to look at. Item n is the n-th batch of them, a PictureBatch. `prepare` lists the
+    ways to make something of pictures: the captioner's pixels, CLIP's, thumbnails."""
 
     def __init__(self, images: Sequence, prepare: Sequence[Callable], batch_size: int,
-                 side: int | None = None, thumbnails: bool = False) -> None:  # fmt: skip
+                 side: int | None = None) -> None:  # fmt: skip
         self.batches, self.prepare = list(batched(images, batch_size)), prepare
-        self.side, self.thumbnails = side, thumbnails
+        self.side = side
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, number: int) -> PictureBatch:
-        rows, failures, thumbnails = [], [], []
+        rows, failures = [], []
         for image in self.batches[number]:
             try:
                 picture = load_image(image, self.side)
@@ -1898,25 +1878,23 @@ class PictureBatches(torch.utils.data.Dataset):
             failures.append(None)
             # Prepared one by one: no more than one is in memory at its own size.
             rows.append([prepare([picture]) for prepare in self.prepare])
-            if self.thumbnails:
-                thumbnails.append(thumbnail(picture))
-        pixels = [join_pixels(parts) for parts in zip(*rows)]
-        return PictureBatch(pixels, failures, thumbnails)
+        return PictureBatch([join_prepared(parts) for parts in zip(*rows)], failures)
 
 
-def join_pixels(parts: Sequence) -> Tensor | list:
-    """Pictures that were prepared one by one as a batch: what a captioner's `pixels` returns."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
-    return [picture for part in parts for picture in part]  # ImageText's: of any sizes
+def join_prepared(parts: Sequence[Tensor | list]) -> Tensor | list:
+    """What was made of pictures one by one as one batch of it."""
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else [*itertools.chain(*parts)]
 
 
-def thumbnail(picture: Image.Image) -> str:
-    """A small JPEG of a picture, as an address for a page that needs no other file."""
-    picture.thumbnail((240, 240))
-    data = io.BytesIO()
-    picture.save(data, "JPEG", quality=70)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+def thumbnails(pictures: Sequence[Image.Image]) -> list[str]:
+    """Small JPEGs of pictures, as addresses for a page that needs no other file."""
+    addresses = []
+    for picture in pictures:
+        small, data = picture.copy(), io.BytesIO()
+        small.thumbnail((240, 240))
+        small.save(data, "JPEG", quality=70)
+        addresses.append("data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode())
+    return addresses
 
 
 def own_share(items: Sequence) -> Sequence:
@@ -1944,9 +1922,8 @@ class Bar(tqdm):
     """A progress bar; a line every half minute where standard error is no terminal."""
 
     def __init__(self, *arguments, **options) -> None:
-        terminal = sys.stderr.isatty()
         pace = dict(mininterval=30, miniters=1, delay=30, ncols=100)
-        pace = dict(dynamic_ncols=True) if terminal else pace
+        pace = dict(dynamic_ncols=True) if sys.stderr.isatty() else pace
         super().__init__(*arguments, **pace | options)
 
     @staticmethod
@@ -1955,13 +1932,6 @@ class Bar(tqdm):
         if sys.stderr.isatty():
             return tqdm.status_printer(file)
         return lambda status: status and print(status, file=file, flush=True)
-
-    def say(self, text: str) -> None:
-        """Print a line on standard error, above the bar if there is one."""
-        if sys.stderr.isatty():
-            self.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
 
 
 def read_ahead(dataset: torch.utils.data.Dataset, order: Sequence, workers: int) -> Iterator:
@@ -2213,7 +2183,7 @@ def show_progress(bar: Bar, stage: str, number: int, record: dict, config: Train
         captions = rollout.captions[: rollout.sizes[0] : learner.method.samples][:3]
         run.write(stage=stage, step=number, captions=captions)
         for caption in captions if run.writes else ():
-            bar.say(f"  step {number}: {caption}")
+            put(f"  step {number}: {caption}", sys.stderr)
 
 
 def keep_best(model: nn.Module, measures: dict, stage: str, number: int, config: TrainConfig,
@@ -3405,7 +3375,7 @@ class Written(NamedTuple):
 @torch.no_grad()
 def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], config: Decoding,
                    write: Callable, clip: CLIP | None = None, rivals: Sequence[Path] = (),
-                   thumbnails: bool = False) -> Iterator[Written]:  # fmt: skip
+                   page: bool = False) -> Iterator[Written]:  # fmt: skip
     """The captions of each picture, in order. `write` makes tokens (K*B, P + T) of features and of
     the pixels that they come from. With a `clip` all pictures are embedded first, to compete, or
     all `rivals`, among which they are."""
@@ -3419,8 +3389,8 @@ def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], c
         place = {path: number for number, path in enumerate(rivals)}
         rows = (good.cumsum(0) - 1).clamp(min=0).to(clip.device)
         rows = rows[[place[path] for path in images]] if rivals else rows
-    side = max(captioner.side, 120 if thumbnails else 0)
-    batches = PictureBatches(images, [captioner.pixels], size, side, thumbnails)
+    side = max(captioner.side, 120 if page else 0)
+    batches = PictureBatches(images, [captioner.pixels, thumbnails][: 1 + page], size, side)
     with Bar(total=len(images), desc="caption", disable=quiet) as bar:
         for batch in read_ahead(batches, range(len(batches)), config.workers):
             numbers = range(start, start + len(batch.failures))
@@ -3432,7 +3402,7 @@ def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], c
                 return write_batch(captioner, some_pixels, config, write, *rivals)
 
             written, size = halving(work, len(good), size)
-            results, thumbs = iter(written), iter(batch.thumbnails)
+            results, thumbs = iter(written), itertools.chain(*batch.pixels[1:])
             for number, failure in zip(numbers, batch.failures):
                 result = Written([], failure, {}) if failure else next(results)
                 if not failure:
@@ -3744,7 +3714,7 @@ def write_report(folder: Path, results: dict[str, dict[str, float]],
     for name in ("reward", "text_to_image_R@1", "cider"):
         parts.append(curve(f"validation: {name}", [each.get(name) for each in found]))
     for example, before, after in zip(test[:24], captions["before"], captions["after"]):
-        image = thumbnail(load_image(example.image, 240))
+        (image,) = thumbnails([load_image(example.image, 240)])
         texts = [example.image_id, f"before: {before}", f"after: {after}"]
         shown = "".join(f"<p>{html.escape(text)}</p>" for text in texts)
         parts.append(f'<figure><a><img src="{image}" alt=""></a><figcaption>{shown}</figcaption>')
