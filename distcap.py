@@ -1229,10 +1229,10 @@ def download(name: str, kinds: Sequence[str]) -> Path:
         patterns = ["*.json", "*.txt", "*.model", "*.jinja", kind]
         try:
             folder = Path(snapshot_download(name, allow_patterns=patterns, **options))
-        except LocalEntryNotFoundError:
-            raise unreachable or ValueError("it vanished from the cache") from None
-        if any(folder.glob(kind)):
-            return folder
+            if any(folder.glob(kind)):
+                return folder
+        except LocalEntryNotFoundError as error:
+            unreachable = unreachable or error
     raise unreachable or ValueError("it has no weights of a kind that can be loaded")
 
 
@@ -1371,13 +1371,12 @@ def open_image(path: Path) -> Image.Image:
     except UnidentifiedImageError:
         with open(path, "rb") as file:
             start = file.read(12)
+        reason = "cannot identify it as a picture" if start else "an empty file"
         if start[4:8] == b"ftyp" and "HEIF" not in formats:
-            raise OSError("HEIC or a film; for HEIC, pip install pillow-heif") from None
+            reason = "HEIC or a film; for HEIC, pip install pillow-heif"
         if start[:2] == b"%!":
-            raise OSError("PostScript, which would run a program; convert it first") from None
-        if not start:
-            raise OSError("an empty file") from None
-        raise OSError("cannot identify it as a picture") from None
+            reason = "PostScript, which would run a program; convert it first"
+        raise OSError(reason) from None
 
 
 def eight_bits(picture: Image.Image) -> Image.Image:
@@ -1690,27 +1689,23 @@ def find_pictures(names: Iterable[str], folders: Sequence[Path]) -> dict[str, Pa
 def join_rows(rows: Iterable[Row], folders: Sequence[Path]) -> list[Example]:
     """One example for each picture, however many rows and names it has, with all they say of it,
     be it there or not. The names are relative to one of the folders."""
-    named: dict[str, Row] = {}
+    rows = list(rows)
+    images = find_pictures(dict.fromkeys(row.name for row in rows), folders)
+    pictures: dict[str, Row] = {}  # by the place on disk
     for row in rows:
-        known = named.setdefault(row.name, Row(row.name, [], row.more))
-        known.captions.extend(row.captions or [""])
+        place = os.path.realpath(images[row.name])
+        picture = pictures.setdefault(place, Row(row.name, [], row.more))
+        picture.captions.extend(row.captions or [""])
 
-    images = find_pictures(named, folders)
-    examples: dict[str, Example] = {}  # by the place on disk
-    for name, captions, more in named.values():
-        image = images[name]
+    examples = []
+    for name, captions, more in pictures.values():
         image_id = more.get("image_id")
         image_id = name if image_id in (None, "") else str(image_id)
         scene = parse(more["scene"]) if isinstance(more.get("scene"), str) else None
         part = more.get("split") or None
         part = "val" if part in ("validation", "dev") else part
-        example = Example(image_id, image, tuple(captions), part, scene)
-        place = os.path.realpath(image)
-        if place in examples:
-            both = examples[place].references + example.references
-            example = dataclasses.replace(examples[place], references=both)
-        examples[place] = example
-    return list(examples.values())
+        examples.append(Example(image_id, images[name], tuple(captions), part, scene))
+    return examples
 
 
 def read_examples(
@@ -1729,7 +1724,7 @@ def read_examples(
     beside = path if path.is_dir() else path.parent
     folder = Path(images) if images else beside
     skipped = [] if skipped is None else skipped
-    chosen = join_rows(read_data(path), [folder, *{beside} - {folder}])
+    chosen = join_rows(read_data(path), list(dict.fromkeys([folder, beside])))
     if not chosen:
         raise unknown_form(path, "no pictures with captions in it")
     if split:
