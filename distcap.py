@@ -1583,21 +1583,19 @@ def read_karpathy(path: Path, images: Sequence[dict]) -> Iterator[Row]:
 
 def read_coco(path: Path, images: Sequence[dict], annotations: Sequence[dict]) -> Iterator[Row]:
     """Rows of COCO's captions: `annotations`, each of which names one of the `images` by its id."""
-    fields: dict[int | str, dict] = {}
+    fields: dict[str, dict] = {}  # by the id as it is written: 1, "1" and true are three
     for number, image in enumerate(images):
         with explain(f"{path}: images[{number}]: needs an id of its own and a file_name"):
             image_id, name = image["id"], image["file_name"]
-            if type(image_id) not in (int, str) or image_id in fields:
+            if type(image_id) not in (int, str) or repr(image_id) in fields:
                 raise ValueError(f"id {image_id!r}")
-        fields[image_id] = {"file_name": name, "caption": [], "image_id": image_id}
+            fields[repr(image_id)] = {"file_name": name, "caption": [], "image_id": image_id}
     for number, annotation in enumerate(annotations):
         what = "needs the image_id of one of the images, and a caption"
         with explain(f"{path}: annotations[{number}]: {what}"):
-            if type(annotation["image_id"]) not in (int, str):  # True would be 1
-                raise ValueError(f"image_id {annotation['image_id']!r}")
-            fields[annotation["image_id"]]["caption"].append(annotation["caption"])
-    for image_id, each in fields.items():
-        yield make_row(f"{path}: image {image_id!r}", each)
+            fields[repr(annotation["image_id"])]["caption"].append(annotation["caption"])
+    for key, each in fields.items():
+        yield make_row(f"{path}: image {key}", each)
 
 
 def read_json(path: Path, text: str) -> Iterator[Row]:
@@ -1672,13 +1670,14 @@ def find_pictures(names: Iterable[str], folders: Sequence[Path]) -> dict[str, Pa
     last part of it, if that means one picture, in them or in the folders within (COCO has one for
     each split). What is nowhere is said to be in the first. Raises UserError for two candidates."""
     basenames = Counter(map(os.path.basename, names))
-    within = [*folders, *(each for folder in folders for each in folder.glob("*/"))]
+    inside = [each for folder in folders for each in folder.glob("*") if each.is_dir()]
     found = {}
     for name in names:
         places = [folder / name for folder in folders if os.path.isfile(folder / name)][:1]
         base = os.path.basename(name)
         if not places and basenames[base] == 1:
-            places = [folder / base for folder in within if os.path.isfile(folder / base)]
+            within = [folder / base for folder in (*folders, *inside)]
+            places = [place for place in within if os.path.isfile(place)]
             if len({os.path.realpath(place) for place in places}) > 1:
                 both = f"{places[0]} or {places[1]}"
                 raise UserError(f"{name}: which picture is meant, {both}? give --images")
