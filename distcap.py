@@ -3184,7 +3184,8 @@ def embed_cached(clip: CLIP, images: list, workers: int, failures: list) -> Tens
     these very weights before. Pictures in memory are embedded anew."""
     if not all(isinstance(image, Path) for image in images):
         return clip.embed_images(images, workers)
-    key = hashlib.sha256(repr((clip.pixels, clip.side)).encode())
+    prepare = re.sub(" at 0x[0-9a-f]+", "", repr(clip.pixels))  # addresses are this process's own
+    key = hashlib.sha256(f"{prepare} {clip.side}".encode())
     for weight in clip.model.state_dict().values():
         key.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
     with concurrent.futures.ThreadPoolExecutor() as pool:

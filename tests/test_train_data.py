@@ -1,11 +1,14 @@
 """What `train` makes of a user's data: splits that hold, what is left out and told, the cache of
 embeddings, captions alike on both sides."""
 
+import copy
 import dataclasses
+import functools
 import json
 import os
 import random
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -233,6 +236,18 @@ def test_pictures_are_embedded_once_by_content_and_model(data, clip, cache, embe
     assert not look()[0].equal(rows)
     look(images[::-1])  # another order
     assert len(cache()) == len(embedded) == 4
+
+
+def test_the_cache_is_for_other_processes_too(data, clip, cache, embedded):
+    """Where the functions that prepare pictures are at other addresses."""
+    images = sorted(data.glob("*.png"))[:3]
+    rows = distcap.embed_cached(clip, images, 0, [])
+    func = clip.pixels.func
+    again = copy.copy(clip)
+    twin = types.FunctionType(func.__code__, func.__globals__, func.__name__)
+    again.pixels = functools.partial(twin, *clip.pixels.args)
+    assert repr(again.pixels) != repr(clip.pixels)
+    assert distcap.embed_cached(again, images, 0, []).equal(rows) and embedded == [3]
 
 
 @pytest.mark.parametrize("broken", [b"", b"nonsense"])
