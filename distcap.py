@@ -977,7 +977,8 @@ class Captioner(nn.Module):
         """Tokens (C, P + T) as texts, without the prompt, each a single line."""
         options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=True)
         texts = self.tokenizer.batch_decode(tokens[:, len(self.start) :], **options)
-        lines = [" ".join(text.strip().partition("\n")[0].split()) for text in texts]
+        lines = [text.strip().partition("\n")[0] for text in texts]
+        lines = [" ".join(line.split()) for line in lines]
         quoted = re.compile(r"""^(["'“])((?:(?!\1)[^"”])*)["'”]$""")
         return [quoted.sub(r"\2", line) for line in lines]
 
@@ -1112,7 +1113,8 @@ class ImageText(GIT):
             model.language_model.generation_config = model.generation_config
         asked = self.before.rstrip(" " if processor.chat_template else None)
         self.pixels = functools.partial(prepare_prompts, processor, asked)
-        self.longest -= self.pixels([Image.new("RGB", (64, 64))])[0]["input_ids"].shape[1]
+        (example,) = self.pixels([Image.new("RGB", (64, 64))])
+        self.longest -= example["input_ids"].shape[1]
         image = getattr(model.config, "image_token_id", -1)
 
         def forbid(layer: nn.Module, arguments: tuple, logits: Tensor) -> None:
@@ -1393,9 +1395,9 @@ def eight_bits(picture: Image.Image) -> Image.Image:
     white = next((most for most in (1, 255, 65535) if high <= most), high)
     if low == high or (low >= 0 and high - low >= white / 2):
         low, high = 0, white
-    grey = numpy.clip((values - low) * (255 / (high - low)) + 0.5, 0, 255).astype(numpy.uint8)
-    clear = picture.info.get("transparency")
-    return Image.fromarray(numpy.where(values == clear, 255, grey).astype(numpy.uint8))
+    grey = (values - low) * (255 / (high - low)) + 0.5
+    grey[values == picture.info.get("transparency")] = 255
+    return Image.fromarray(grey.clip(0, 255).astype(numpy.uint8))
 
 
 def load_image(image: Path | Image.Image, side: int | None = None) -> Image.Image:
@@ -1448,9 +1450,9 @@ def find_images(paths: Iterable[str], recursive: bool = True, listed: Sequence[s
     for path in (*paths, *listed):
         # Links to folders are not followed: they may go in circles.
         for folder, folders, names in os.walk(Path(path), onerror=keep):
-            links = [name for name in folders if recursive and os.path.islink(f"{folder}/{name}")]
-            notes += [f"{folder}/{name}: a link to a folder, not followed" for name in links]
             folders[:] = sorted(name for name in folders if recursive and name[0] != ".")
+            links = [name for name in folders if os.path.islink(f"{folder}/{name}")]
+            notes += [f"{folder}/{name}: a link to a folder, not followed" for name in links]
             for name in sorted(name for name in names if name[0] != "."):
                 if name.lower().endswith(suffixes):
                     found[Path(folder, name)] = None
