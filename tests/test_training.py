@@ -293,7 +293,7 @@ def bar_on(stream, monkeypatch):
         for number in bar:
             time.sleep(0.05)
             if number == 5:
-                bar.say("  step 5: a dog")
+                distcap.put("  step 5: a dog", sys.stderr)
     stream.flush()
 
 
