@@ -1849,22 +1849,23 @@ class PictureBatch(NamedTuple):
 
     pixels: list[Tensor]  # (B, 3, height, width) for each way to prepare, of those that are good
     failures: list[UserError | None]  # of each picture, in order
+    thumbnails: list[str]  # of those that are good, where they are wanted: addresses for a page
 
 
 class PictureBatches(torch.utils.data.Dataset):
-    """Pictures to look at. Item n is the n-th batch of them, a PictureBatch. `prepare` lists the
-    ways to make something of pictures: the captioner's pixels, CLIP's, thumbnails."""
+    """Pictures to look at. Item n is the n-th batch of them, a PictureBatch.
+    `prepare` lists the ways to make pixels of pictures: the captioner's, CLIP's, or both."""
 
     def __init__(self, images: Sequence, prepare: Sequence[Callable], batch_size: int,
-                 side: int | None = None) -> None:  # fmt: skip
+                 side: int | None = None, thumbnails: bool = False) -> None:  # fmt: skip
         self.batches, self.prepare = list(batched(images, batch_size)), prepare
-        self.side = side
+        self.side, self.thumbnails = side, thumbnails
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, number: int) -> PictureBatch:
-        rows, failures = [], []
+        rows, failures, thumbnails = [], [], []
         for image in self.batches[number]:
             try:
                 picture = load_image(image, self.side)
@@ -1874,23 +1875,25 @@ class PictureBatches(torch.utils.data.Dataset):
             failures.append(None)
             # Prepared one by one: no more than one is in memory at its own size.
             rows.append([prepare([picture]) for prepare in self.prepare])
-        return PictureBatch([join_prepared(parts) for parts in zip(*rows)], failures)
+            if self.thumbnails:
+                thumbnails.append(thumbnail(picture))
+        pixels = [join_pixels(parts) for parts in zip(*rows)]
+        return PictureBatch(pixels, failures, thumbnails)
 
 
-def join_prepared(parts: Sequence[Tensor | list]) -> Tensor | list:
-    """What was made of pictures one by one as one batch of it."""
-    return torch.cat(parts) if isinstance(parts[0], Tensor) else [*itertools.chain(*parts)]
+def join_pixels(parts: Sequence) -> Tensor | list:
+    """Pictures that were prepared one by one as a batch: what a captioner's `pixels` returns."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return [picture for part in parts for picture in part]  # ImageText's: of any sizes
 
 
-def thumbnails(pictures: Sequence[Image.Image]) -> list[str]:
-    """Small JPEGs of pictures, as addresses for a page that needs no other file."""
-    addresses = []
-    for picture in pictures:
-        small, data = picture.copy(), io.BytesIO()
-        small.thumbnail((240, 240))
-        small.save(data, "JPEG", quality=70)
-        addresses.append("data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode())
-    return addresses
+def thumbnail(picture: Image.Image) -> str:
+    """A small JPEG of a picture, as an address for a page that needs no other file."""
+    picture.thumbnail((240, 240))
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=70)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def own_share(items: Sequence) -> Sequence:
@@ -3372,7 +3375,7 @@ class Written(NamedTuple):
 @torch.no_grad()
 def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], config: Decoding,
                    write: Callable, clip: CLIP | None = None, rivals: Sequence[Path] = (),
-                   page: bool = False) -> Iterator[Written]:  # fmt: skip
+                   thumbnails: bool = False) -> Iterator[Written]:  # fmt: skip
     """The captions of each picture, in order. `write` makes tokens (K*B, P + T) of features and of
     the pixels that they come from. With a `clip` all pictures are embedded first, to compete, or
     all `rivals`, among which they are."""
@@ -3386,8 +3389,8 @@ def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], c
         place = {path: number for number, path in enumerate(rivals)}
         rows = (good.cumsum(0) - 1).clamp(min=0).to(clip.device)
         rows = rows[[place[path] for path in images]] if rivals else rows
-    side = max(captioner.side, 120 if page else 0)
-    batches = PictureBatches(images, [captioner.pixels, thumbnails][: 1 + page], size, side)
+    side = max(captioner.side, 120 if thumbnails else 0)
+    batches = PictureBatches(images, [captioner.pixels], size, side, thumbnails)
     with Bar(total=len(images), desc="caption", disable=quiet) as bar:
         for batch in read_ahead(batches, range(len(batches)), config.workers):
             numbers = range(start, start + len(batch.failures))
@@ -3399,7 +3402,7 @@ def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], c
                 return write_batch(captioner, some_pixels, config, write, *rivals)
 
             written, size = halving(work, len(good), size)
-            results, thumbs = iter(written), itertools.chain(*batch.pixels[1:])
+            results, thumbs = iter(written), iter(batch.thumbnails)
             for number, failure in zip(numbers, batch.failures):
                 result = Written([], failure, {}) if failure else next(results)
                 if not failure:
@@ -3711,7 +3714,7 @@ def write_report(folder: Path, results: dict[str, dict[str, float]],
     for name in ("reward", "text_to_image_R@1", "cider"):
         parts.append(curve(f"validation: {name}", [each.get(name) for each in found]))
     for example, before, after in zip(test[:24], captions["before"], captions["after"]):
-        (image,) = thumbnails([load_image(example.image, 240)])
+        image = thumbnail(load_image(example.image, 240))
         texts = [example.image_id, f"before: {before}", f"after: {after}"]
         shown = "".join(f"<p>{html.escape(text)}</p>" for text in texts)
         parts.append(f'<figure><a><img src="{image}" alt=""></a><figcaption>{shown}</figcaption>')
