@@ -1346,7 +1346,7 @@ HEIF = (".heic", ".heif", ".hif")
 # Readers of Pillow's that run another program, or only know what kind of file it is.
 NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 # What pictures have beside them, and is none.
-COMPANIONS = (".jsonl", ".csv", ".html", ".json", ".txt", ".caption")
+COMPANIONS = (".jsonl", ".csv", ".html", ".json", ".txt", ".caption", ".part")
 
 
 @functools.cache
