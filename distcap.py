@@ -1998,8 +1998,7 @@ class Run:
 
     def is_past(self, stage: str) -> bool:
         """Whether the state that the run was resumed from is of a later stage."""
-        saved = self.state.get("stage", STAGES[0])
-        return STAGES.index(saved) > STAGES.index(stage)
+        return bool(self.state) and STAGES.index(self.state["stage"]) > STAGES.index(stage)
 
     def restore(self, stage: str, steps: int, parts: dict) -> int:
         """Put the saved states into `parts`; return how many of the stage's `steps` are done. Of a
