@@ -1848,7 +1848,7 @@ class PictureBatch(NamedTuple):
 
     pixels: list[Tensor]  # (B, 3, height, width) for each way to prepare, of those that are good
     failures: list[UserError | None]  # of each picture, in order
-    thumbnails: list[str]  # of those that are good, where they are wanted: addresses for a page
+    thumbnails: list[str]  # of those that are good: addresses for a page, or "" if not wanted
 
 
 class PictureBatches(torch.utils.data.Dataset):
@@ -1874,8 +1874,7 @@ class PictureBatches(torch.utils.data.Dataset):
             failures.append(None)
             # Prepared one by one: no more than one is in memory at its own size.
             rows.append([prepare([picture]) for prepare in self.prepare])
-            if self.thumbnails:
-                thumbnails.append(thumbnail(picture))
+            thumbnails.append(thumbnail(picture) if self.thumbnails else "")
         pixels = [join_pixels(parts) for parts in zip(*rows)]
         return PictureBatch(pixels, failures, thumbnails)
 
@@ -3373,47 +3372,36 @@ class Written(NamedTuple):
 
 @torch.no_grad()
 def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], config: Decoding,
-                   write: Callable, clip: CLIP | None = None, rivals: Sequence[Path] = (),
+                   write: Callable, clip: CLIP | None = None, wanted: Sequence[int] | None = None,
                    thumbnails: bool = False) -> Iterator[Written]:  # fmt: skip
-    """The captions of each picture, in order. `write` makes tokens (K*B, P + T) of features and of
-    the pixels that they come from. With a `clip` all pictures are embedded first, to compete, or
-    all `rivals`, among which they are."""
+    """The captions of each image, or of those whose numbers are `wanted`, in order. `write` makes
+    tokens (K*B, P + T) of features and of the pixels that they come from. With a `clip` all images
+    are embedded first, to compete."""
     size, quiet = config.batch_size, getattr(config, "quiet", False)
-    pool, pool_rows = rival_embeddings(clip, images, rivals, config) if clip else (None, None)
+    wanted = range(len(images)) if wanted is None else wanted
+    pool, unread = None, []
+    if clip:
+        pool = clip.embed_images(images, config.workers, unread, quiet)  # (N, D)
+    readable = sorted({*range(len(images))} - {number for number, _ in unread})
+    pool_row = {number: row for row, number in enumerate(readable)}
     side = max(captioner.side, 120 if thumbnails else 0)
-    batches = PictureBatches(images, [captioner.pixels], size, side, thumbnails)
-    numbers = iter(range(len(images)))
-    with Bar(total=len(images), desc="caption", disable=quiet) as bar:
+    chosen = [images[number] for number in wanted]
+    batches = PictureBatches(chosen, [captioner.pixels], size, side, thumbnails)
+    numbers = iter(wanted)
+    with Bar(total=len(wanted), desc="caption", disable=quiet) as bar:
         for batch in read_ahead(batches, range(len(batches)), config.workers):
             good = [number for failure, number in zip(batch.failures, numbers) if not failure]
 
-            def work(some: slice, good=good, batch=batch) -> list[Written]:
-                index = pool_rows[good[some]] if clip else None
-                pixels = batch.pixels[0][some]
-                return write_batch(captioner, pixels, config, write, clip, pool, index)
+            def work(some: slice, good=good, pixels=batch.pixels) -> list[Written]:
+                index = [pool_row.get(number, 0) for number in good[some]]
+                return write_batch(pixels[0][some], index, captioner, config, write, clip, pool)
 
             written, size = halving(work, [images[number] for number in good], size)
-            results = iter(zip(written, batch.thumbnails or [""] * len(good)))
+            results = iter(zip(written, batch.thumbnails))
             for failure in batch.failures:
-                if failure:
-                    yield Written([], failure, {})
-                else:
-                    result, small = next(results)
-                    yield result._replace(thumbnail=small)
+                result, small = (Written([], failure, {}), "") if failure else next(results)
+                yield result._replace(thumbnail=small)
                 bar.update()
-
-
-def rival_embeddings(clip: CLIP, images: Sequence, rivals: Sequence, config: Decoding) -> tuple:
-    """CLIP's embeddings of all the `rivals` that can be read, or of all images, (N, D); and which
-    of its rows each image has. One that cannot be read has some row: it is not looked at."""
-    failures: list[tuple[int, UserError]] = []
-    quiet = getattr(config, "quiet", False)
-    pool = clip.embed_images(rivals or images, config.workers, failures, quiet)
-    good = torch.ones(len(rivals or images), dtype=torch.long)
-    good[[number for number, _ in failures]] = 0
-    rows = (good.cumsum(0) - 1).clamp(min=0).to(clip.device)
-    place = {path: number for number, path in enumerate(rivals)}
-    return pool, rows[[place[path] for path in images]] if rivals else rows
 
 
 def halving(work: Callable, images: Sequence, size: int) -> tuple[list[Written], int]:
@@ -3437,10 +3425,10 @@ def halving(work: Callable, images: Sequence, size: int) -> tuple[list[Written],
     return written, size
 
 
-def write_batch(captioner: Captioner, pixels: Tensor, config: Decoding, write: Callable,
-                clip: CLIP | None, pool: Tensor | None, index: Tensor | None) -> list:  # fmt: skip
-    """The captions of a batch (B, 3, height, width). With a `clip`, `index` (B,) are its rows among
-    the pictures of the call, `pool` (N, D), all of which compete."""
+def write_batch(pixels: Tensor, index: Sequence[int], captioner: Captioner, config: Decoding,
+                write: Callable, clip: CLIP | None, pool: Tensor | None) -> list:  # fmt: skip
+    """The captions of a batch (B, 3, height, width) that are not empty. With a `clip`, `index` (B,)
+    are its rows among the pictures of the call, `pool` (N, D), all of which compete."""
     features = captioner.encode(pixels)  # (B, L, H)
     tokens = write(features, pixels)  # (K*B, P + T)
     captions = captioner.decode(tokens)
@@ -3448,17 +3436,20 @@ def write_batch(captioner: Captioner, pixels: Tensor, config: Decoding, write: C
     own = torch.arange(len(features), device=tokens.device).repeat_interleave(count)  # (K*B,)
     scores, kept = {}, range(len(captions))
     if clip:
-        scores = caption_scores(captions, clip, pool, index[own])
+        pool_index = torch.tensor(index, device=pool.device)
+        scores = caption_scores(captions, clip, pool, pool_index[own])
     if clip and config.rerank:
         kept, count = rerank(captions, scores["reward"], count), 1
     if clip and config.scores:
-        scores["log_p"] = caption_log_probs(*captioner.log_probs(features, tokens, own), None)
+        words, mask = captioner.log_probs(features, tokens, own)
+        scores["log_p"] = caption_log_probs(words, mask, None)
     else:
         scores = {}
 
     written = []
     for group in batched(kept, count):
-        known = {name: [round(each[place].item(), 4) for place in group] for name, each in scores.items()}
+        group = [place for place in group if captions[place]]
+        known = {key: [round(x, 4) for x in each[group].tolist()] for key, each in scores.items()}
         written.append(Written([captions[place] for place in group], None, known))
     return written
 
@@ -3507,9 +3498,8 @@ def sample_by_picture(captioner: Captioner, features: Tensor, pixels: Tensor, ma
         chosen = torch.searchsorted(reached, level, right=True).clamp(max=logits.shape[1] - 1)
         return torch.full_like(logits, -torch.inf).scatter(1, chosen, 0.0)
 
-    limits["logits_processor"] = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
-    limits["logits_processor"].append(draw)
-    return captioner.search(features, max_length, count=count, **limits)
+    steps = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p), draw]
+    return captioner.search(features, max_length, count=count, logits_processor=steps, **limits)
 
 
 def caption_all(captioner: Captioner, images: Sequence, config: Decoding, **limits) -> list[str]:
@@ -3524,7 +3514,7 @@ def caption_all(captioner: Captioner, images: Sequence, config: Decoding, **limi
     for written in write_captions(captioner, own_share(images), config, search):
         if written.failure:
             raise written.failure
-        captions += written.captions
+        captions += written.captions or [""]
     return put_together(captions)
 
 
@@ -3872,15 +3862,18 @@ def caption(config: CaptionConfig) -> int:
     with locked(config, found):
         kind = Table if config.out else Sidecars if config.sidecar else Output
         output = kind(config, found)
-        paths = [path for path in found if config.overwrite or not output.has(path)]
+        wanted = [n for n, path in enumerate(found) if config.overwrite or not output.has(path)]
         output.begin()
         try:
-            for written, path in zip(write_paths(paths, found, config), paths):
-                if written.failure:
-                    failures.append(written.failure)
-                if not written.failure or config.json:
-                    output.write(path, written)
-                done += not written.failure
+            for written, number in zip(write_paths(found, wanted, config), wanted):
+                path, failure = found[number], written.failure
+                if not (written.captions or failure):
+                    failure = UserError(f"{path}: the captioner wrote an empty caption")
+                if failure:
+                    failures.append(failure)
+                if config.json or not failure:
+                    output.write(path, written._replace(failure=failure))
+                done += not failure
         except KeyboardInterrupt:
             status = 130
         output.close(failures)
@@ -3890,16 +3883,16 @@ def caption(config: CaptionConfig) -> int:
         say(str(failure))
     if (config.out or config.sidecar or status) and not config.quiet:
         stopped = "stopped: " if status else ""
-        kept = len(found) - len(paths)
+        kept = len(found) - len(wanted)
         say(f"{stopped}{done} captioned, {len(failures)} failed, {kept} had a caption")
     return status or (1 if failures else 0)
 
 
-def write_paths(paths: Sequence[Path], found: Sequence[Path],
+def write_paths(found: Sequence[Path], wanted: Sequence[int],
                 config: CaptionConfig) -> Iterator[Written]:  # fmt: skip
-    """What becomes of each path, written as the flags say; of all that were found, those that have
-    a caption compete too. Without any path, no model is loaded."""
-    if not paths:
+    """What becomes of each path whose number is wanted, written as the flags say; those that have a
+    caption compete too. If nothing is wanted, no model is loaded."""
+    if not wanted:
         return
     captioner, clip = load_models(config, config.rerank or config.scores)
     start = len(captioner.start)
@@ -3908,25 +3901,18 @@ def write_paths(paths: Sequence[Path], found: Sequence[Path],
     limits = dict(min_new_tokens=min(shortest, longest), max_length=longest)
     limits["repetition_penalty"] = config.repetition_penalty
     limits["no_repeat_ngram_size"] = config.no_repeat_ngram_size
-    count = config.samples or 8 * config.rerank
-    drawing = dict(count=count, temperature=config.temperature, top_p=config.top_p)
+    drawing = dict(count=config.samples or 8, temperature=config.temperature, top_p=config.top_p)
 
     def write(features: Tensor, pixels: Tensor) -> Tensor:
-        if count:
+        if config.samples or config.rerank:
             options = limits | drawing
             return sample_by_picture(captioner, features, pixels, seed=config.seed, **options)
         return captioner.search(features, beams=config.beams, **limits)
 
     page = bool(config.out) and config.out.endswith(".html")
-    written_all = write_captions(captioner, paths, config, write, clip, found, page)
-    for written, path in zip(written_all, paths):
-        filled = [number for number, text in enumerate(written.captions) if text]
-        if not filled and not written.failure:
-            failure = UserError(f"{path}: the captioner wrote an empty caption")
-            written = written._replace(failure=failure)
-        texts = [f"{config.prefix}{written.captions[n]}{config.suffix}" for n in filled]
-        scores = {name: [each[n] for n in filled] for name, each in written.scores.items()}
-        yield written._replace(captions=texts, scores=scores)
+    for written in write_captions(captioner, found, config, write, clip, wanted, page):
+        texts = [f"{config.prefix}{text}{config.suffix}" for text in written.captions]
+        yield written._replace(captions=texts)
 
 
 def evaluate_command(config: EvalConfig) -> None:

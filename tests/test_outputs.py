@@ -109,8 +109,8 @@ def test_overwriting_keeps_the_old_rows_until_it_is_done(run, pictures, tmp_path
     out.write_text('{"file_name": "pictures/a.png", "caption": ["mine"], "licence": 3}\n')
     old = out.read_bytes()
 
-    def stop(paths, found, config, write=distcap.write_paths):
-        written = write(paths, found, config)
+    def stop(*given, write=distcap.write_paths):
+        written = write(*given)
         yield next(written)
         yield next(written)
         assert out.read_bytes() == old
