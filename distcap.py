@@ -3404,6 +3404,10 @@ def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], c
                 bar.update()
 
 
+# What is said of too little memory: on the CPU, torch raises a plain RuntimeError.
+SCARCE = re.compile("MemoryError|out of memory|not enough memory|can't allocate memory")
+
+
 def halving(work: Callable, images: Sequence, size: int) -> tuple[list[Written], int]:
     """What `work` writes of the images, given a slice of `size` of them at a time, of half as many
     once memory does not suffice; and the size that did."""
@@ -3412,8 +3416,7 @@ def halving(work: Callable, images: Sequence, size: int) -> tuple[list[Written],
         try:
             written += work(slice(len(written), len(written) + size))
         except (MemoryError, RuntimeError) as error:
-            scarce = r"MemoryError|out of memory|not enough memory|can't allocate memory"
-            if not re.search(scarce, f"{type(error).__name__} {error}"):
+            if not SCARCE.search(repr(error)):
                 raise
             if size == 1:
                 alone = "not enough memory for it, even alone; try --precision bf16"
@@ -3582,16 +3585,16 @@ def read_table(path: Path) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for name, captions, more in table_rows(path):
         texts = [text for text in captions if text.strip()]
-        scores = [key for key in SCORES if key in more]
-        known = rows.setdefault(name, Row(name, [], more | {key: [] for key in scores}))
-        for key in more.keys() - {*CAPTION_KEYS, *SCORES}:
-            if more[key] != known.more.get(key):
+        empty = {key: [] for key in SCORES if key in more}
+        known = rows.setdefault(name, Row(name, [], more | empty))
+        known.captions.extend(texts)
+        for key, value in more.items():
+            if key in SCORES:
+                values = value if isinstance(value, list) else [value]
+                known.more[key] = known.more.get(key, []) + (values if texts else [])
+            elif key not in CAPTION_KEYS and value != known.more.get(key):
                 differ = f"its rows differ in {key}, of which one row can hold but one"
                 raise UserError(f"{path}: {name}: {differ}; give another --out")
-        known.captions.extend(texts)
-        for key in scores if texts else ():
-            values = more[key] if isinstance(more[key], list) else [more[key]]
-            known.more[key] = known.more.get(key, []) + values
     return rows
 
 
@@ -3703,10 +3706,13 @@ def write_report(folder: Path, results: dict[str, dict[str, float]],
 
 
 class Output:
-    """Where captions go: standard output, as path, tab, caption, or as a JSON object a line."""
+    """Where captions go: standard output, as path, tab, caption, or as a JSON object a line. Made
+    before a model is loaded, it finds out what is there, and whether it can be written to."""
 
     def __init__(self, config: CaptionConfig, found: Sequence[Path]) -> None:
         self.config = config
+        if not (sys.stdout or config.out or config.sidecar):
+            raise UserError("standard output is closed; give --out")
 
     def has(self, path: Path) -> bool:
         """Whether the picture has a caption there."""
@@ -3721,11 +3727,6 @@ class Output:
             return
         for cells in zip(written.captions, *written.scores.values()):
             put("\t".join([str(path).translate(ESCAPES), *map(str, cells)]))
-
-    def begin(self) -> None:
-        """Make sure that it can be written to. Raises OSError or UserError."""
-        if not sys.stdout:
-            raise UserError("standard output is closed; give --out")
 
     def close(self, failures: Sequence[UserError]) -> None:
         """Put it in order, after the last picture."""
@@ -3742,16 +3743,12 @@ class Sidecars(Output):
             if owners.setdefault(file, path) is not path:
                 both = f"{owners[file]} and {path} would share {file}"
                 raise UserError(f"--sidecar: {both}; caption them apart, or give --out")
+            if not os.access(file.parent, os.W_OK):
+                raise UserError(f"--sidecar: {file.parent}: must not be written to; give --out")
 
     def has(self, path: Path) -> bool:
         """Whether its sidecar holds a text."""
         return self.files[path].is_file() and self.files[path].read_bytes().strip() != b""
-
-    def begin(self) -> None:
-        """Make sure that a file can be made beside each picture."""
-        for folder in {file.parent for file in self.files.values()}:
-            if not os.access(folder, os.W_OK):
-                raise UserError(f"--sidecar: {folder}: must not be written to; give --out")
 
     def write(self, path: Path, written: Written) -> None:
         """Write the sidecar, whole."""
@@ -3774,15 +3771,13 @@ class Table(Output):
         self.added: dict[str, Row] = {}
         for part in sorted(self.parts):
             self.added |= {row.name: row for row in table_rows(part)}
+        # Anew: the last line may have been cut short.
+        write_text(self.part, table_text(".jsonl", [*self.added.values()]))
 
     def has(self, path: Path) -> bool:
         """Whether its row has a caption."""
         name = self.names[path]
         return any(name in rows and rows[name].captions for rows in (self.added, self.rows))
-
-    def begin(self) -> None:
-        """Write anew what the part holds: its last line may be cut short."""
-        write_text(self.part, table_text(".jsonl", [*self.added.values()]))
 
     def write(self, path: Path, written: Written) -> None:
         """Add the row of a picture to the part."""
@@ -3821,20 +3816,16 @@ def locked(config: CaptionConfig, found: Sequence[Path]) -> Iterator[None]:
     """Refuse to write where another process writes: it would lose what this one writes."""
     from filelock import FileLock, Timeout
 
-    if not (config.out or config.sidecar):
+    with contextlib.ExitStack() as stack:
+        if config.out or config.sidecar:
+            path = part_file(config, found).with_suffix(".lock")
+            try:
+                stack.enter_context(FileLock(path, timeout=0))
+            except Timeout:
+                message = f"{path}: another distcap writes there; wait until it is done"
+                raise UserError(message) from None
+            stack.callback(path.unlink, missing_ok=True)
         yield
-        return
-    path = part_file(config, found).with_suffix(".lock")
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{path}: another distcap writes there; wait until it is done") from None
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
 
 
 def read_list(null: bool) -> list[str]:
@@ -3854,16 +3845,14 @@ def caption(config: CaptionConfig) -> int:
     listed = read_list(config.null) if "-" in config.paths else []
     named = [path for path in config.paths if path != "-"]
     found = find_images(named, config.recursive, listed, notes)
-    if config.shard:
-        part, count = config.shard
-        found = found[part - 1 :: count]
+    part, count = config.shard or (1, 1)
+    found = found[part - 1 :: count]
     failures: list[UserError] = []
     done, status = 0, 0
     with locked(config, found):
         kind = Table if config.out else Sidecars if config.sidecar else Output
         output = kind(config, found)
         wanted = [n for n, path in enumerate(found) if config.overwrite or not output.has(path)]
-        output.begin()
         try:
             for written, number in zip(write_paths(found, wanted, config), wanted):
                 path, failure = found[number], written.failure
@@ -4224,11 +4213,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):  # a notebook's standard output is no file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 130 if isinstance(stop, KeyboardInterrupt) else 0
-    except (MemoryError, RuntimeError) as error:  # torch's of the CPU is a plain RuntimeError
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not SCARCE.search(repr(error)):
             raise
-        has = f"{config.device} has too little memory"
-        print(f"distcap: {has}; try {memory_advice(config)}", file=sys.stderr)
+        say(f"{config.device} has too little memory; try {memory_advice(config)}")
         return 2
     except (UserError, OSError) as error:  # a full disk or a forbidden folder is no bug of ours
         say(str(error))
