@@ -221,7 +221,7 @@ def test_killed_at_any_moment_and_started_again_the_table_is_the_same(run, tmp_p
     done = 0
     for _ in range(3):
         with subprocess.Popen([*command, out], stderr=subprocess.PIPE) as process:
-            while process.poll() is None and not part.exists():
+            while process.poll() is None and not (part.exists() and part.stat().st_size):
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.5))
             process.kill()

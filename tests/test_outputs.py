@@ -287,6 +287,15 @@ def test_scarce_memory_halves_the_batch_and_at_one_names_the_file(
     assert "a.png: not enough memory" in capsys.readouterr().err
 
 
+def test_too_little_memory_is_told_from_a_bug():
+    """Also by `main`, which says of every verb that memory does not suffice."""
+    said = ["DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"]
+    scarce = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(*said)]
+    assert all(distcap.SCARCE.search(repr(error)) for error in scarce)
+    bug = RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert not distcap.SCARCE.search(repr(bug))
+
+
 def test_an_empty_caption_is_a_failure(run, pictures, tmp_path, capsys, monkeypatch):
     decode = distcap.Captioner.decode
     monkeypatch.setattr(
