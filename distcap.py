@@ -3382,7 +3382,8 @@ def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], c
     pool, unread = None, []
     if clip:
         pool = clip.embed_images(images, config.workers, unread, quiet)  # (N, D)
-    readable = sorted({*range(len(images))} - {number for number, _ in unread})
+    absent = dict(unread)
+    readable = [number for number in range(len(images)) if number not in absent]
     pool_row = {number: row for row, number in enumerate(readable)}
     side = max(captioner.side, 120 if thumbnails else 0)
     chosen = [images[number] for number in wanted]
@@ -3399,8 +3400,11 @@ def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], c
             written, size = halving(work, [images[number] for number in good], size)
             results = iter(zip(written, batch.thumbnails))
             for failure in batch.failures:
-                result, small = (Written([], failure, {}), "") if failure else next(results)
-                yield result._replace(thumbnail=small)
+                if failure:
+                    yield Written([], failure, {})
+                else:
+                    result, small = next(results)
+                    yield result._replace(thumbnail=small)
                 bar.update()
 
 
@@ -3452,7 +3456,9 @@ def write_batch(pixels: Tensor, index: Sequence[int], captioner: Captioner, conf
     written = []
     for group in batched(kept, count):
         group = [place for place in group if captions[place]]
-        known = {key: [round(x, 4) for x in each[group].tolist()] for key, each in scores.items()}
+        known = {}
+        for key, each in scores.items():
+            known[key] = [round(value, 4) for value in each[group].tolist()]
         written.append(Written([captions[place] for place in group], None, known))
     return written
 
@@ -3591,7 +3597,8 @@ def read_table(path: Path) -> dict[str, Row]:
         for key, value in more.items():
             if key in SCORES:
                 values = value if isinstance(value, list) else [value]
-                known.more[key] = known.more.get(key, []) + (values if texts else [])
+                values = values if texts else []
+                known.more[key] = known.more.get(key, []) + values
             elif key not in CAPTION_KEYS and value != known.more.get(key):
                 differ = f"its rows differ in {key}, of which one row can hold but one"
                 raise UserError(f"{path}: {name}: {differ}; give another --out")
@@ -3678,7 +3685,8 @@ def curve(name: str, values: Sequence[float | None]) -> str:
         return ""
     means = [statistics.fmean(part) for part in batched(values, math.ceil(len(values) / 200))]
     low, high = min(means), max(means)
-    across, up = 600 / max(len(means) - 1, 1), 110 / ((high - low) or 1)
+    across = 600 / max(len(means) - 1, 1)
+    up = 110 / ((high - low) or 1)
     points = " ".join(f"{across * n:.1f},{120 - up * (y - low):.1f}" for n, y in enumerate(means))
     line = f'<polyline points="{points}" fill="none" stroke="currentColor"/>'
     told = f"from {means[0]:.3f} to {means[-1]:.3f}; lowest {low:.3f}, highest {high:.3f}"
@@ -3748,7 +3756,8 @@ class Sidecars(Output):
 
     def has(self, path: Path) -> bool:
         """Whether its sidecar holds a text."""
-        return self.files[path].is_file() and self.files[path].read_bytes().strip() != b""
+        file = self.files[path]
+        return file.is_file() and file.read_bytes().strip() != b""
 
     def write(self, path: Path, written: Written) -> None:
         """Write the sidecar, whole."""
@@ -3766,23 +3775,28 @@ class Table(Output):
         self.names = {path: os.path.relpath(path, self.out.parent) for path in found}
         self.rows = read_table(self.out) if self.out.exists() else {}
         form = re.escape(self.out.name) + r"\.\d+-of-\d+\.part"
-        beside = [path for path in self.out.parent.iterdir() if re.fullmatch(form, path.name)]
-        self.parts = {path for path in beside if not config.shard or path.name == self.part.name}
+        if config.shard:
+            form = re.escape(self.part.name)
+        beside = sorted(self.out.parent.iterdir())
+        self.parts = [path for path in beside if re.fullmatch(form, path.name)]
         self.added: dict[str, Row] = {}
-        for part in sorted(self.parts):
+        for part in self.parts:
             self.added |= {row.name: row for row in table_rows(part)}
+        known = (*self.rows.values(), *self.added.values())
+        self.done = {row.name for row in known if row.captions}
         # Anew: the last line may have been cut short.
         write_text(self.part, table_text(".jsonl", [*self.added.values()]))
 
     def has(self, path: Path) -> bool:
         """Whether its row has a caption."""
-        name = self.names[path]
-        return any(name in rows and rows[name].captions for rows in (self.added, self.rows))
+        return self.names[path] in self.done
 
     def write(self, path: Path, written: Written) -> None:
         """Add the row of a picture to the part."""
-        more = written.scores | ({"thumbnail": written.thumbnail} if written.thumbnail else {})
-        row = self.added[self.names[path]] = Row(self.names[path], written.captions, more)
+        name, more = self.names[path], dict(written.scores)
+        if written.thumbnail:
+            more["thumbnail"] = written.thumbnail
+        row = self.added[name] = Row(name, written.captions, more)
         with explain(f"{self.part}: cannot be written to"), open(self.part, "a") as file:
             file.write(table_text(".jsonl", [row]))
 
@@ -3791,11 +3805,14 @@ class Table(Output):
         if self.config.shard:
             return
         order = {name: number for number, name in enumerate(self.names.values())}
-        for row in sorted(self.added.values(), key=lambda row: order.get(row.name, -1)):
-            kept = self.rows[row.name].more if row.name in self.rows else {}
-            kept = {key: value for key, value in kept.items() if key not in SCORES}
-            new = {key: row.more[key] for key in (*SCORES, "thumbnail") if key in row.more}
-            self.rows[row.name] = Row(row.name, row.captions, kept | new)
+        new = (*SCORES, "thumbnail")
+        for name in sorted(self.added, key=lambda name: order.get(name, -1)):
+            row = self.added[name]
+            more = {key: row.more[key] for key in new if key in row.more}
+            if name in self.rows:
+                kept = self.rows[name].more.items()
+                more = {key: value for key, value in kept if key not in new} | more
+            self.rows[name] = Row(name, row.captions, more)
         text = table_text(self.out.suffix, [*self.rows.values()], failures)
         # A .csv has no way to write names that are not UTF-8 but as they are.
         write_text(self.out, text, "surrogateescape" if self.out.suffix == ".csv" else "replace")
@@ -3834,7 +3851,9 @@ def read_list(null: bool) -> list[str]:
         raise UserError("-: standard input is closed")
     getattr(sys.stdin, "reconfigure", dict)(newline="")
     text = sys.stdin.read().removeprefix("\ufeff")
-    names = text.split("\0") if null else [line.rstrip("\r") for line in text.split("\n")]
+    if null:
+        return [name for name in text.split("\0") if name]
+    names = [line.rstrip("\r") for line in text.split("\n")]
     return [name for name in names if name]
 
 
@@ -3890,12 +3909,12 @@ def write_paths(found: Sequence[Path], wanted: Sequence[int],
     limits = dict(min_new_tokens=min(shortest, longest), max_length=longest)
     limits["repetition_penalty"] = config.repetition_penalty
     limits["no_repeat_ngram_size"] = config.no_repeat_ngram_size
-    drawing = dict(count=config.samples or 8, temperature=config.temperature, top_p=config.top_p)
+    drawing = dict(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
 
     def write(features: Tensor, pixels: Tensor) -> Tensor:
         if config.samples or config.rerank:
-            options = limits | drawing
-            return sample_by_picture(captioner, features, pixels, seed=config.seed, **options)
+            options = limits | drawing | {"count": config.samples or 8}
+            return sample_by_picture(captioner, features, pixels, **options)
         return captioner.search(features, beams=config.beams, **limits)
 
     page = bool(config.out) and config.out.endswith(".html")
