@@ -53,7 +53,6 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import errno
 import functools
 import hashlib
 import html
@@ -1849,7 +1848,7 @@ class PictureBatch(NamedTuple):
 
     pixels: list[Tensor]  # (B, 3, height, width) for each way to prepare, of those that are good
     failures: list[UserError | None]  # of each picture, in order
-    thumbnails: list[str]  # of those that are good, where they are wanted: addresses for a page
+    thumbnails: list[str]  # of those that are good: addresses for a page, or "" if not wanted
 
 
 class PictureBatches(torch.utils.data.Dataset):
@@ -1875,8 +1874,7 @@ class PictureBatches(torch.utils.data.Dataset):
             failures.append(None)
             # Prepared one by one: no more than one is in memory at its own size.
             rows.append([prepare([picture]) for prepare in self.prepare])
-            if self.thumbnails:
-                thumbnails.append(thumbnail(picture))
+            thumbnails.append(thumbnail(picture) if self.thumbnails else "")
         pixels = [join_pixels(parts) for parts in zip(*rows)]
         return PictureBatch(pixels, failures, thumbnails)
 
@@ -3373,59 +3371,59 @@ class Written(NamedTuple):
 
 @torch.no_grad()
 def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], config: Decoding,
-                   write: Callable, clip: CLIP | None = None, rivals: Sequence[Path] = (),
+                   write: Callable, clip: CLIP | None = None, wanted: Sequence[int] | None = None,
                    thumbnails: bool = False) -> Iterator[Written]:  # fmt: skip
-    """The captions of each picture, in order. `write` makes tokens (K*B, P + T) of features and of
-    the pixels that they come from. With a `clip` all pictures are embedded first, to compete, or
-    all `rivals`, among which they are."""
-    size, start, quiet = config.batch_size, 0, getattr(config, "quiet", False)
-    pool, rows = None, torch.arange(len(images))
-    if clip:  # the row of each picture in the pool, which holds those that can be read
-        bad: list[tuple[int, UserError]] = []
-        pool = clip.embed_images(rivals or images, config.workers, bad, quiet)  # (N, D)
-        good = torch.ones(len(rivals or images), dtype=torch.long)
-        good[[number for number, _ in bad]] = 0
-        place = {path: number for number, path in enumerate(rivals)}
-        rows = (good.cumsum(0) - 1).clamp(min=0).to(clip.device)
-        rows = rows[[place[path] for path in images]] if rivals else rows
+    """The captions of each image, or of those whose numbers are `wanted`, in order. `write` makes
+    tokens (K*B, P + T) of features and of the pixels that they come from. With a `clip` all images
+    are embedded first, to compete."""
+    size, quiet = config.batch_size, getattr(config, "quiet", False)
+    wanted = range(len(images)) if wanted is None else wanted
+    pool, unread = None, []
+    if clip:
+        pool = clip.embed_images(images, config.workers, unread, quiet)  # (N, D)
+    absent = dict(unread)
+    readable = [number for number in range(len(images)) if number not in absent]
+    pool_row = {number: row for row, number in enumerate(readable)}
     side = max(captioner.side, 120 if thumbnails else 0)
-    batches = PictureBatches(images, [captioner.pixels], size, side, thumbnails)
-    with Bar(total=len(images), desc="caption", disable=quiet) as bar:
+    chosen = [images[number] for number in wanted]
+    batches = PictureBatches(chosen, [captioner.pixels], size, side, thumbnails)
+    numbers = iter(wanted)
+    with Bar(total=len(wanted), desc="caption", disable=quiet) as bar:
         for batch in read_ahead(batches, range(len(batches)), config.workers):
-            numbers = range(start, start + len(batch.failures))
-            good = [number for number in numbers if not batch.failures[number - start]]
-            index = rows[good]
+            good = [number for failure, number in zip(batch.failures, numbers) if not failure]
 
-            def work(some: slice, pixels=batch.pixels, index=index) -> list[Written]:
-                some_pixels, rivals = pixels[0][some], (clip, pool, index[some])
-                return write_batch(captioner, some_pixels, config, write, *rivals)
+            def work(some: slice, good=good, pixels=batch.pixels) -> list[Written]:
+                index = [pool_row.get(number, 0) for number in good[some]]
+                return write_batch(pixels[0][some], index, captioner, config, write, clip, pool)
 
-            written, size = halving(work, len(good), size)
-            results, thumbs = iter(written), iter(batch.thumbnails)
-            for number, failure in zip(numbers, batch.failures):
-                result = Written([], failure, {}) if failure else next(results)
-                if not failure:
-                    result = result._replace(thumbnail=next(thumbs, ""))
-                    if result.failure:
-                        failure = UserError(f"{images[number]}: {result.failure}")
-                yield result._replace(failure=failure)
+            written, size = halving(work, [images[number] for number in good], size)
+            results = iter(zip(written, batch.thumbnails))
+            for failure in batch.failures:
+                if failure:
+                    yield Written([], failure, {})
+                else:
+                    result, small = next(results)
+                    yield result._replace(thumbnail=small)
                 bar.update()
-            start += len(numbers)
 
 
-def halving(work: Callable, count: int, size: int) -> tuple[list[Written], int]:
-    """What `work` writes for `count` pictures, given a slice of `size` of them at a time, of half
-    as many once memory does not suffice; and the size that did."""
+# What is said of too little memory: on the CPU, torch raises a plain RuntimeError.
+SCARCE = re.compile("MemoryError|out of memory|not enough memory|can't allocate memory")
+
+
+def halving(work: Callable, images: Sequence, size: int) -> tuple[list[Written], int]:
+    """What `work` writes of the images, given a slice of `size` of them at a time, of half as many
+    once memory does not suffice; and the size that did."""
     written: list[Written] = []
-    while len(written) < count:
+    while len(written) < len(images):
         try:
             written += work(slice(len(written), len(written) + size))
         except (MemoryError, RuntimeError) as error:
-            scarce = r"MemoryError|out of memory|not enough memory|can't allocate memory"
-            if not re.search(scarce, f"{type(error).__name__} {error}"):
+            if not SCARCE.search(repr(error)):
                 raise
             if size == 1:
-                failure = UserError("not enough memory for it, even alone; try --precision bf16")
+                alone = "not enough memory for it, even alone; try --precision bf16"
+                failure = UserError(f"{images[len(written)]}: {alone}")
                 written.append(Written([], failure, {}))
                 continue
             size //= 2
@@ -3433,30 +3431,33 @@ def halving(work: Callable, count: int, size: int) -> tuple[list[Written], int]:
     return written, size
 
 
-def write_batch(captioner: Captioner, pixels: Tensor, config: Decoding, write: Callable,
-                clip: CLIP | None, pool: Tensor | None, index: Tensor) -> list:  # fmt: skip
-    """The captions of a batch (B, 3, height, width). With a `clip`, `index` (B,) are its rows among
-    the pictures of the call, `pool` (N, D), all of which compete."""
+def write_batch(pixels: Tensor, index: Sequence[int], captioner: Captioner, config: Decoding,
+                write: Callable, clip: CLIP | None, pool: Tensor | None) -> list:  # fmt: skip
+    """The captions of a batch (B, 3, height, width) that are not empty. With a `clip`, `index` (B,)
+    are its rows among the pictures of the call, `pool` (N, D), all of which compete."""
     features = captioner.encode(pixels)  # (B, L, H)
     tokens = write(features, pixels)  # (K*B, P + T)
     captions = captioner.decode(tokens)
     count = len(captions) // len(features)
+    own = torch.arange(len(features), device=tokens.device).repeat_interleave(count)  # (K*B,)
     scores, kept = {}, range(len(captions))
     if clip:
-        scores = caption_scores(captions, clip, pool, index.repeat_interleave(count))
-        if config.rerank:
-            kept, count = rerank(captions, scores["reward"], count), 1
-    wanted = clip and config.scores
-    if wanted:
-        own = torch.arange(len(features), device=tokens.device)
-        own = own.repeat_interleave(len(captions) // len(features))
+        pool_index = torch.tensor(index, device=pool.device)
+        scores = caption_scores(captions, clip, pool, pool_index[own])
+    if clip and config.rerank:
+        kept, count = rerank(captions, scores["reward"], count), 1
+    if clip and config.scores:
         words, mask = captioner.log_probs(features, tokens, own)
         scores["log_p"] = caption_log_probs(words, mask, None)
-    values = {name: value.tolist() for name, value in scores.items()} if wanted else {}
+    else:
+        scores = {}
 
     written = []
     for group in batched(kept, count):
-        known = {name: [round(each[place], 4) for place in group] for name, each in values.items()}
+        group = [place for place in group if captions[place]]
+        known = {}
+        for key, each in scores.items():
+            known[key] = [round(value, 4) for value in each[group].tolist()]
         written.append(Written([captions[place] for place in group], None, known))
     return written
 
@@ -3505,9 +3506,8 @@ def sample_by_picture(captioner: Captioner, features: Tensor, pixels: Tensor, ma
         chosen = torch.searchsorted(reached, level, right=True).clamp(max=logits.shape[1] - 1)
         return torch.full_like(logits, -torch.inf).scatter(1, chosen, 0.0)
 
-    limits["logits_processor"] = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
-    limits["logits_processor"].append(draw)
-    return captioner.search(features, max_length, count=count, **limits)
+    steps = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p), draw]
+    return captioner.search(features, max_length, count=count, logits_processor=steps, **limits)
 
 
 def caption_all(captioner: Captioner, images: Sequence, config: Decoding, **limits) -> list[str]:
@@ -3522,7 +3522,7 @@ def caption_all(captioner: Captioner, images: Sequence, config: Decoding, **limi
     for written in write_captions(captioner, own_share(images), config, search):
         if written.failure:
             raise written.failure
-        captions += written.captions
+        captions += written.captions or [""]
     return put_together(captions)
 
 
@@ -3564,53 +3564,43 @@ def say(text: str) -> None:
 SCORES = ("cosine", "rank", "reward", "log_p")
 
 
-def row_fields(row: Row) -> dict:
-    """What a table says of a picture: by the names that its other rows have for it."""
-    name_key = next((key for key in NAME_KEYS if key in row.more), "file_name")
-    caption_key = next((key for key in CAPTION_KEYS if key in row.more), "caption")
-    return {name_key: row.name} | row.more | {name_key: row.name, caption_key: row.captions}
-
-
-def table_fields(path: Path) -> Iterator[tuple[str, dict]]:
-    """Where and what each row of a .jsonl, .csv or .html file says."""
+def table_rows(path: Path) -> Iterator[Row]:
+    """The rows of a .jsonl, .csv or .html file, or of a .part of one, as they stand there."""
     with explain(f"{path}: cannot be read"):
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    if path.suffix == ".csv":
-        for number, fields in enumerate(csv.DictReader(io.StringIO(text, newline="")), 2):
-            if None in fields or None in fields.values():
-                raise UserError(f"{path}: row {number}: not as many columns as the first row")
-            yield f"{path}: row {number}", fields
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        fields, thumbnail = line, {}
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        table = csv.DictReader(io.StringIO(text, newline=""))
+        cells = list(table) if path.suffix == ".csv" else []
         if path.suffix == ".html":
-            found = re.match('<figure data-row="(.*?)".*? src="(.*?)"', line)
-            fields = html.unescape(found[1]) if found else ""
-            thumbnail = {"thumbnail": found[2]} if found else {}
-        if fields.strip():
-            yield f"{path}:{number}", parse_json(str(path), fields, number) | thumbnail
+            found = re.findall('<img src="(.*?)" alt="" data-row="(.*?)"', text)
+            rows = [json.loads(html.unescape(row)) | {"thumbnail": src} for src, row in found]
+            text = "\n".join(map(json.dumps, rows))
+    if path.suffix == ".part":  # a kill may have cut its last line short
+        text = text[: text.rfind("\n") + 1]
+    if path.suffix != ".csv":
+        yield from read_lines(path, text)
+    for number, fields in enumerate(cells, 2):
+        if None in fields or None in fields.values():
+            raise UserError(f"{path}: row {number}: not as many columns as the first row")
+        yield make_row(f"{path}: row {number}", fields)
 
 
 def read_table(path: Path) -> dict[str, Row]:
-    """{name: Row} of a .jsonl, .csv or .html file, perhaps without captions. A picture's rows are
-    read as one. Raises UserError if one row could not hold what they say."""
+    """{name: Row} of such a file, perhaps without captions. A picture's rows are read as one, with
+    as many of each score as captions. Raises UserError if one row could not hold what they say."""
     rows: dict[str, Row] = {}
-    for where, fields in table_fields(path):
-        row = make_row(where, fields)
-        texts = [text for text in row.captions if text.strip()]
-        for key in fields.keys() & {*SCORES}:  # as many as captions, in a .csv one a row
-            value = fields[key] if isinstance(fields[key], list) else [fields[key]]
-            fields[key] = value if texts else []
-        known = rows.get(row.name)
-        if not known:
-            rows[row.name] = Row(row.name, texts, fields)
-            continue
-        for key in fields.keys() - {*CAPTION_KEYS, *SCORES}:
-            if fields[key] != known.more.get(key):
-                other = f"{row.name} is there before with another {key}, which one row cannot hold"
-                raise UserError(f"{where}: {other}; give another --out")
-        more = {key: known.more.get(key, []) + fields[key] for key in SCORES if key in fields}
-        rows[row.name] = Row(row.name, known.captions + texts, known.more | more)
+    for name, captions, more in table_rows(path):
+        texts = [text for text in captions if text.strip()]
+        empty = {key: [] for key in SCORES if key in more}
+        known = rows.setdefault(name, Row(name, [], more | empty))
+        known.captions.extend(texts)
+        for key, value in more.items():
+            if key in SCORES:
+                values = value if isinstance(value, list) else [value]
+                values = values if texts else []
+                known.more[key] = known.more.get(key, []) + values
+            elif key not in CAPTION_KEYS and value != known.more.get(key):
+                differ = f"its rows differ in {key}, of which one row can hold but one"
+                raise UserError(f"{path}: {name}: {differ}; give another --out")
     return rows
 
 
@@ -3619,17 +3609,15 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Captions</title>
 <style>
-:root { color-scheme: light dark; }
-body { font: 1rem/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 50rem; padding: 0 1rem; }
-input { font: inherit; width: 100%; padding: .5rem; box-sizing: border-box; position: sticky;
-  top: .5rem; }
-figure { display: flex; gap: 1rem; margin: 1rem 0; align-items: start; break-inside: avoid; }
+:root { color-scheme: light dark; font: 1rem/1.4 system-ui, sans-serif; }
+body { margin: 1rem auto; max-width: 50rem; padding: 0 1rem; overflow-wrap: anywhere; }
+input { font: inherit; width: 100%; box-sizing: border-box; position: sticky; top: .5rem; }
+figure { display: flex; gap: 1rem; margin: 1rem 0; break-inside: avoid; }
 figure[hidden] { display: none; }
 figure a { flex: 0 0 min(10rem, 35%); }
-img, svg { width: 100%; display: block; }
-figcaption, li { overflow-wrap: anywhere; min-width: 0; }
+img, svg { width: 100%; }
 p { margin: 0 0 .3rem; }
-small { opacity: .75; }
+pre { overflow: auto; }
 @media print { input { display: none; } }
 </style>
 <input type="search" aria-label="Search" placeholder="Search names and captions">
@@ -3642,115 +3630,110 @@ document.querySelector("input").oninput = ({target}) => {
 """
 
 
-def table_line(suffix: str, row: Row, columns: Sequence[str]) -> str:
-    """A row of a table: in a .csv, a line for each caption."""
-    fields = row_fields(row)
+def figure(name: str, thumbnail: str, lines: Iterable[tuple[str, str]], row: str = "") -> str:
+    """A picture on a page: its thumbnail, some texts with a note each, and its name. It is a link
+    to the picture if it stands for a `row` of a table, which can then be read from it."""
+    link = f' href="{urllib.parse.quote(os.fsencode(name))}"' if row else ""
+    image = f'<img src="{thumbnail}" alt="" data-row="{html.escape(row)}">'
+    texts = [f"<p>{html.escape(text)} <small>{note}</small></p>" for text, note in lines]
+    told = f"<figcaption>{''.join(texts)}<small>{html.escape(name)}</small></figcaption>"
+    return f"<figure><a{link}>{image}</a>{told}</figure>\n"
+
+
+def table_text(suffix: str, rows: Sequence[Row], failures: Sequence[UserError] = ()) -> str:
+    """A whole table, whose columns keep the names that they have. In a .csv there is a line for
+    each caption. Of what failed, only a page tells."""
+    known = {key for row in rows for key in row.more}
+    name_key = next((key for key in NAME_KEYS if key in known), "file_name")
+    caption_key = next((key for key in CAPTION_KEYS if key in known), "caption")
+    table = []
+    for row in rows:
+        first = {} if name_key in row.more else {name_key: row.name, caption_key: []}
+        table.append(first | row.more | {caption_key: row.captions})
     if suffix == ".jsonl":
-        return json.dumps(fields) + "\n"
-    scores = [key for key in SCORES if key in fields]
-    caption_key = next(key for key in fields if fields[key] is row.captions)
-    lines = []
-    for number, text in enumerate(row.captions or [""]):
-        own = {key: fields[key][number] for key in scores if number < len(fields[key])}
-        lines.append(fields | {caption_key: text} | own)
+        return "".join(json.dumps(fields) + "\n" for fields in table)
+
+    listed = (caption_key, *SCORES)  # a value for each caption
     if suffix == ".csv":
+        columns = dict.fromkeys(key for fields in table for key in fields)
         text = io.StringIO()
-        csv.DictWriter(text, columns, lineterminator="\n").writerows(lines)
+        writer = csv.DictWriter(text, columns or [name_key, caption_key], lineterminator="\n")
+        writer.writeheader()
+        for fields in table:
+            own = {key: fields[key] or [""] for key in listed if key in fields}
+            for cells in itertools.zip_longest(*own.values(), fillvalue=""):
+                writer.writerow(fields | dict(zip(own, cells)))
         return text.getvalue()
-    thumbnail = fields.pop("thumbnail", "")
-    link = urllib.parse.quote(os.fsencode(row.name))
-    shown = html.escape(row.name.translate(ESCAPES).encode("utf-8", "replace").decode())
-    parts = [f'<figure data-row="{html.escape(json.dumps(fields))}"><a href="{link}">',
-             f'<img src="{thumbnail}" alt="" loading="lazy"></a><figcaption>']  # fmt: skip
-    for line in lines:
-        numbers = ", ".join(f"{key.replace('_', '&nbsp;')}&nbsp;{line[key]}" for key in scores)
-        parts.append(f"<p>{html.escape(line[caption_key])} <small>{numbers}</small></p>")
-    return "".join([*parts, f"<small>{shown}</small></figcaption></figure>\n"])
+
+    parts = [PAGE]
+    for fields in table:
+        thumbnail = fields.pop("thumbnail", "")
+        scores = [[f"{key} {value}" for value in fields[key]] for key in SCORES if key in fields]
+        notes = map(", ".join, zip(*scores)) if scores else itertools.repeat("")
+        lines = zip(fields[caption_key], notes)
+        parts.append(figure(fields[name_key], thumbnail, lines, json.dumps(fields)))
+    items = "".join(f"<li>{html.escape(str(failure))}\n" for failure in failures)
+    failed = f"<h2>Failures: {len(failures)}</h2>\n<ul>\n{items}</ul>\n" if failures else ""
+    return "".join([*parts, failed])
 
 
-def table_text(suffix: str, rows: Iterable[Row], columns: Sequence[str], failures=()) -> str:
-    """A whole table. Of what failed, only a page tells."""
-    lines = [table_line(suffix, row, columns) for row in rows]
-    if suffix == ".csv":
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(columns)
-        return "".join([text.getvalue(), *lines])
-    if suffix == ".html":
-        texts = [str(each).translate(ESCAPES).encode("utf-8", "replace") for each in failures]
-        items = [f"<li>{html.escape(text.decode())}\n" for text in texts]
-        items = [f"<h2>Failures: {len(items)}</h2>\n<ul>\n", *items, "</ul>\n"] if items else []
-        return "".join([PAGE, *lines, *items])
-    return "".join(lines)
-
-
-def curve(name: str, values: Sequence[float]) -> str:
+def curve(name: str, values: Sequence[float | None]) -> str:
     """A line of values as inline SVG: of many, the means of two hundred parts."""
     values = [value for value in values if value is not None]
     if len(values) < 2:
         return ""
     means = [statistics.fmean(part) for part in batched(values, math.ceil(len(values) / 200))]
     low, high = min(means), max(means)
-    across, up = 600 / max(len(means) - 1, 1), 110 / ((high - low) or 1)
+    across = 600 / max(len(means) - 1, 1)
+    up = 110 / ((high - low) or 1)
     points = " ".join(f"{across * n:.1f},{120 - up * (y - low):.1f}" for n, y in enumerate(means))
     line = f'<polyline points="{points}" fill="none" stroke="currentColor"/>'
     told = f"from {means[0]:.3f} to {means[-1]:.3f}; lowest {low:.3f}, highest {high:.3f}"
-    return (
-        f'<h2>{name}</h2>\n<svg viewBox="0 0 600 130">{line}</svg>\n<p><small>{told}</small></p>\n'
-    )
+    return f'<h2>{name}</h2>\n<svg viewBox="0 0 600 130">{line}</svg>\n<p>{told}</p>\n'
 
 
 def write_report(folder: Path, results: dict[str, dict[str, float]],
                  captions: dict[str, list[str]], test: Sequence[Example]) -> None:  # fmt: skip
     """Write report.html into a run's folder: the table, the curves of its log.jsonl, and 24 test
     pictures with their captions before and after."""
-    log = [json.loads(line) for line in read_text(folder / "log.jsonl").split("\n") if line]
+    log = [json.loads(line) for line in read_text(folder / "log.jsonl").splitlines()]
     parts = [PAGE, f"<h1>{html.escape(folder.name)}</h1>\n"]
-    parts.append(f'<pre style="overflow: auto">{html.escape(table(results))}</pre>\n')
+    parts.append(f"<pre>{html.escape(table(results))}</pre>\n")
     for stage, name in (("tf", "loss"), ("rl", "reward")):
-        values = [each[name] for each in log if each["stage"] == stage and name in each]
+        values = [each.get(name) for each in log if each["stage"] == stage]
         parts.append(curve(f"{stage}: {name}", values))
-    found = [each["validation"] for each in log if "validation" in each]
     for name in ("reward", "text_to_image_R@1", "cider"):
-        parts.append(curve(f"validation: {name}", [each.get(name) for each in found]))
+        values = [each.get("validation", {}).get(name) for each in log]
+        parts.append(curve(f"validation: {name}", values))
     for example, before, after in zip(test[:24], captions["before"], captions["after"]):
+        lines = [(before, "before"), (after, "after")]
         image = thumbnail(load_image(example.image, 240))
-        texts = [example.image_id, f"before: {before}", f"after: {after}"]
-        shown = "".join(f"<p>{html.escape(text)}</p>" for text in texts)
-        parts.append(f'<figure><a><img src="{image}" alt=""></a><figcaption>{shown}</figcaption>')
-        parts.append("</figure>\n")
+        parts.append(figure(example.image_id, image, lines))
     write_text(folder / "report.html", "".join(parts))
 
 
 class Output:
-    """Where captions go: standard output, as path, tab, caption, or as a JSON object a line."""
-
-    unfinished = False  # whether there is something to put in order, even if nothing is added
+    """Where captions go: standard output, as path, tab, caption, or as a JSON object a line. Made
+    before a model is loaded, it finds out what is there, and whether it can be written to."""
 
     def __init__(self, config: CaptionConfig, found: Sequence[Path]) -> None:
         self.config = config
+        if not (sys.stdout or config.out or config.sidecar):
+            raise UserError("standard output is closed; give --out")
 
     def has(self, path: Path) -> bool:
         """Whether the picture has a caption there."""
         return False
 
-    def begin(self) -> None:
-        """Make sure that it can be written to. Raises OSError or UserError."""
-        if not sys.stdout:
-            raise UserError("standard output is closed; give --out")
-
     def write(self, path: Path, written: Written) -> None:
         """Add what became of a picture, at once."""
         if self.config.json:
             known = {"caption": written.captions} | written.scores
+            known = {"error": str(written.failure)} if written.failure else known
             put(json.dumps({"file_name": str(path)} | known))
             return
         for cells in zip(written.captions, *written.scores.values()):
             put("\t".join([str(path).translate(ESCAPES), *map(str, cells)]))
-
-    def fail(self, path: Path, failure: UserError) -> None:
-        """Add why a picture has no caption."""
-        if self.config.json:
-            put(json.dumps({"file_name": str(path), "error": str(failure)}))
 
     def close(self, failures: Sequence[UserError]) -> None:
         """Put it in order, after the last picture."""
@@ -3767,16 +3750,13 @@ class Sidecars(Output):
             if owners.setdefault(file, path) is not path:
                 both = f"{owners[file]} and {path} would share {file}"
                 raise UserError(f"--sidecar: {both}; caption them apart, or give --out")
+            if not os.access(file.parent, os.W_OK):
+                raise UserError(f"--sidecar: {file.parent}: must not be written to; give --out")
 
     def has(self, path: Path) -> bool:
         """Whether its sidecar holds a text."""
-        return self.files[path].is_file() and self.files[path].read_bytes().strip() != b""
-
-    def begin(self) -> None:
-        """Make sure that a file can be made beside each picture."""
-        for folder in {file.parent for file in self.files.values()}:
-            if not os.access(folder, os.W_OK):
-                raise UserError(f"--sidecar: {folder}: must not be written to; give --out")
+        file = self.files[path]
+        return file.is_file() and file.read_bytes().strip() != b""
 
     def write(self, path: Path, written: Written) -> None:
         """Write the sidecar, whole."""
@@ -3784,82 +3764,67 @@ class Sidecars(Output):
 
 
 class Table(Output):
-    """A .jsonl, .csv or .html file. A row is added at once, and all is put in order at the end.
-
-    With --shard or --overwrite rows go to a file beside it, as x.2-of-4.jsonl, which the next call
-    without --shard, or the end, puts into the table: until then the old rows stay."""
+    """A .jsonl, .csv or .html file. A row is added at once to a part of it, JSON lines in a file
+    beside it, as x.csv.1-of-1.part, and put into the table at the end, or by the next call. With
+    --shard, x.csv.2-of-4.part is what there is; a call without --shard puts all into the table."""
 
     def __init__(self, config: CaptionConfig, found: Sequence[Path]) -> None:
-        self.config = config
-        self.out, self.target = Path(config.out), table_target(config)
+        super().__init__(config, found)
+        self.out, self.part = Path(config.out), part_file(config, found)
         self.names = {path: os.path.relpath(path, self.out.parent) for path in found}
         self.rows = read_table(self.out) if self.out.exists() else {}
-        form = re.compile(re.escape(self.out.stem) + r"\.\d+-of-\d+" + re.escape(self.out.suffix))
-        parts = [path for path in sorted(self.out.parent.iterdir()) if form.fullmatch(path.name)]
-        self.parts = [path for path in parts if not config.shard or path == self.target]
-        added = {name: row for part in self.parts for name, row in read_table(part).items()}
-        usual = {"file_name": "", "caption": ""}
-        first = next(iter(self.rows.values()), Row("", [], usual)).more
-        self.blank = {key: "" for key in first if key in (*NAME_KEYS, *CAPTION_KEYS)}
-        self.known = self.rows | added
-        self.unfinished = bool(self.parts) and not config.shard
-        self.added = {} if config.overwrite else added  # in the target, if that is not the table
+        form = re.escape(self.out.name) + r"\.\d+-of-\d+\.part"
+        if config.shard:
+            form = re.escape(self.part.name)
+        beside = sorted(self.out.parent.iterdir())
+        self.parts = [path for path in beside if re.fullmatch(form, path.name)]
+        self.added: dict[str, Row] = {}
+        for part in self.parts:
+            self.added |= {row.name: row for row in table_rows(part)}
+        known = (*self.rows.values(), *self.added.values())
+        self.done = {row.name for row in known if row.captions}
+        # Anew: the last line may have been cut short.
+        write_text(self.part, table_text(".jsonl", [*self.added.values()]))
 
     def has(self, path: Path) -> bool:
         """Whether its row has a caption."""
-        name = self.names[path]
-        return name in self.known and bool(self.known[name].captions)
-
-    def begin(self) -> None:
-        """Write what is there, in order, and open it for more."""
-        rows = self.known if self.target == self.out else self.added
-        fields = [row_fields(row) for row in (Row("", [], self.blank), *self.known.values())]
-        wanted = SCORES if self.config.scores else ()
-        self.columns = list(dict.fromkeys([key for each in fields for key in each] + [*wanted]))
-        self.save(self.target, rows)
-        self.file = open(self.target, "ab", buffering=0)  # noqa: SIM115
-
-    def save(self, target: Path, rows: dict[str, Row], failures=()) -> None:
-        """Write rows whole. A .csv has no way to write names that are not UTF-8 but as they are."""
-        text = table_text(self.out.suffix, rows.values(), self.columns, failures)
-        write_text(target, text, "surrogateescape")
+        return self.names[path] in self.done
 
     def write(self, path: Path, written: Written) -> None:
-        """Add the row of a picture. What else its row held stays."""
-        name = self.names[path]
-        more = self.known[name].more if name in self.known else self.blank
-        more = {key: value for key, value in more.items() if key not in SCORES} | written.scores
+        """Add the row of a picture to the part."""
+        name, more = self.names[path], dict(written.scores)
         if written.thumbnail:
-            more |= {"thumbnail": written.thumbnail}
-        self.added[name] = Row(name, written.captions, more)
-        line = table_line(self.out.suffix, self.added[name], self.columns)
-        line = line.encode("utf-8", "surrogateescape")
-        size = os.path.getsize(self.target)
-        if self.file.write(line) < len(line):  # the disk is full: take it back
-            self.file.truncate(size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.target))
+            more["thumbnail"] = written.thumbnail
+        row = self.added[name] = Row(name, written.captions, more)
+        with explain(f"{self.part}: cannot be written to"), open(self.part, "a") as file:
+            file.write(table_text(".jsonl", [row]))
 
     def close(self, failures: Sequence[UserError]) -> None:
-        """Put rows in the order of the table, then of the pictures; parts go into the table."""
-        self.file.close()
+        """Put the parts into the table. What else a picture's row held stays."""
+        if self.config.shard:
+            return
         order = {name: number for number, name in enumerate(self.names.values())}
-        new = sorted(self.added.values(), key=lambda row: order.get(row.name, -1))
-        rows = {row.name: row for row in new}
-        if not self.config.shard:
-            rows = self.rows | rows
-        target = self.target if self.config.shard else self.out
-        self.save(target, rows, failures)
-        for part in {*self.parts, self.target} - {target}:
+        new = (*SCORES, "thumbnail")
+        for name in sorted(self.added, key=lambda name: order.get(name, -1)):
+            row = self.added[name]
+            more = {key: row.more[key] for key in new if key in row.more}
+            if name in self.rows:
+                kept = self.rows[name].more.items()
+                more = {key: value for key, value in kept if key not in new} | more
+            self.rows[name] = Row(name, row.captions, more)
+        text = table_text(self.out.suffix, [*self.rows.values()], failures)
+        # A .csv has no way to write names that are not UTF-8 but as they are.
+        write_text(self.out, text, "surrogateescape" if self.out.suffix == ".csv" else "replace")
+        for part in {*self.parts, self.part}:
             part.unlink()
-            part.with_name(part.name + ".lock").unlink(missing_ok=True)
 
 
-def table_target(config: CaptionConfig) -> Path:
-    """The file that rows are added to: --out, or a part beside it."""
-    out = Path(config.out)
+def part_file(config: CaptionConfig, found: Sequence[Path]) -> Path:
+    """The file that only this process writes to; for sidecars, a name for it."""
     part, count = config.shard or (1, 1)
-    beside = config.shard or config.overwrite
-    return out.with_name(f"{out.stem}.{part}-of-{count}{out.suffix}") if beside else out
+    folders = [path.absolute().parent for path in found] or ["."]
+    whole = config.out or os.path.join(os.path.commonpath(folders), ".distcap")
+    return Path(f"{whole}.{part}-of-{count}.part")
 
 
 @contextlib.contextmanager
@@ -3867,25 +3832,16 @@ def locked(config: CaptionConfig, found: Sequence[Path]) -> Iterator[None]:
     """Refuse to write where another process writes: it would lose what this one writes."""
     from filelock import FileLock, Timeout
 
-    if config.out:
-        path = Path(f"{table_target(config)}.lock")
-    elif config.sidecar:
-        part, count = config.shard or (1, 1)
-        common = os.path.commonpath([path.absolute().parent for path in found])
-        path = Path(common, f".distcap.{part}-of-{count}.lock")
-    else:
+    with contextlib.ExitStack() as stack:
+        if config.out or config.sidecar:
+            path = part_file(config, found).with_suffix(".lock")
+            try:
+                stack.enter_context(FileLock(path, timeout=0))
+            except Timeout:
+                message = f"{path}: another distcap writes there; wait until it is done"
+                raise UserError(message) from None
+            stack.callback(path.unlink, missing_ok=True)
         yield
-        return
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{path}: another distcap writes there; wait until it is done") from None
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
 
 
 def read_list(null: bool) -> list[str]:
@@ -3894,7 +3850,9 @@ def read_list(null: bool) -> list[str]:
         raise UserError("-: standard input is closed")
     getattr(sys.stdin, "reconfigure", dict)(newline="")
     text = sys.stdin.read().removeprefix("\ufeff")
-    names = text.split("\0") if null else [line.rstrip("\r") for line in text.split("\n")]
+    if null:
+        return [name for name in text.split("\0") if name]
+    names = [line.rstrip("\r") for line in text.split("\n")]
     return [name for name in names if name]
 
 
@@ -3905,46 +3863,43 @@ def caption(config: CaptionConfig) -> int:
     listed = read_list(config.null) if "-" in config.paths else []
     named = [path for path in config.paths if path != "-"]
     found = find_images(named, config.recursive, listed, notes)
-    if config.shard:
-        part, count = config.shard
-        found = found[part - 1 :: count]
+    part, count = config.shard or (1, 1)
+    found = found[part - 1 :: count]
     failures: list[UserError] = []
     done, status = 0, 0
     with locked(config, found):
         kind = Table if config.out else Sidecars if config.sidecar else Output
         output = kind(config, found)
-        paths = [path for path in found if config.overwrite or not output.has(path)]
-        changes = paths or output.unfinished
-        if changes:
-            output.begin()
+        wanted = [n for n, path in enumerate(found) if config.overwrite or not output.has(path)]
         try:
-            for written, path in zip(write_paths(paths, found, config), paths):
-                if written.failure:
-                    failures.append(written.failure)
-                    output.fail(path, written.failure)
-                else:
-                    output.write(path, written)
-                    done += 1
+            for written, number in zip(write_paths(found, wanted, config), wanted):
+                path, failure = found[number], written.failure
+                if not (written.captions or failure):
+                    failure = UserError(f"{path}: the captioner wrote an empty caption")
+                if failure:
+                    failures.append(failure)
+                if config.json or not failure:
+                    output.write(path, written._replace(failure=failure))
+                done += not failure
         except KeyboardInterrupt:
             status = 130
-        if changes:
-            output.close(failures)
+        output.close(failures)
     for note in notes if not config.quiet else ():
         say(note)
     for failure in failures if not config.json else ():
         say(str(failure))
     if (config.out or config.sidecar or status) and not config.quiet:
         stopped = "stopped: " if status else ""
-        kept = len(found) - len(paths)
+        kept = len(found) - len(wanted)
         say(f"{stopped}{done} captioned, {len(failures)} failed, {kept} had a caption")
     return status or (1 if failures else 0)
 
 
-def write_paths(paths: Sequence[Path], found: Sequence[Path],
+def write_paths(found: Sequence[Path], wanted: Sequence[int],
                 config: CaptionConfig) -> Iterator[Written]:  # fmt: skip
-    """What becomes of each path, written as the flags say; of all that were found, those that have
-    a caption compete too. Without any path, no model is loaded."""
-    if not paths:
+    """What becomes of each path whose number is wanted, written as the flags say; those that have a
+    caption compete too. If nothing is wanted, no model is loaded."""
+    if not wanted:
         return
     captioner, clip = load_models(config, config.rerank or config.scores)
     start = len(captioner.start)
@@ -3953,25 +3908,18 @@ def write_paths(paths: Sequence[Path], found: Sequence[Path],
     limits = dict(min_new_tokens=min(shortest, longest), max_length=longest)
     limits["repetition_penalty"] = config.repetition_penalty
     limits["no_repeat_ngram_size"] = config.no_repeat_ngram_size
-    count = config.samples or 8 * config.rerank
-    drawing = dict(count=count, temperature=config.temperature, top_p=config.top_p)
+    drawing = dict(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
 
     def write(features: Tensor, pixels: Tensor) -> Tensor:
-        if count:
-            options = limits | drawing
-            return sample_by_picture(captioner, features, pixels, seed=config.seed, **options)
+        if config.samples or config.rerank:
+            options = limits | drawing | {"count": config.samples or 8}
+            return sample_by_picture(captioner, features, pixels, **options)
         return captioner.search(features, beams=config.beams, **limits)
 
     page = bool(config.out) and config.out.endswith(".html")
-    written_all = write_captions(captioner, paths, config, write, clip, found, page)
-    for written, path in zip(written_all, paths):
-        filled = [number for number, text in enumerate(written.captions) if text]
-        if not filled and not written.failure:
-            failure = UserError(f"{path}: the captioner wrote an empty caption")
-            written = written._replace(failure=failure)
-        texts = [f"{config.prefix}{written.captions[n]}{config.suffix}" for n in filled]
-        scores = {name: [each[n] for n in filled] for name, each in written.scores.items()}
-        yield written._replace(captions=texts, scores=scores)
+    for written in write_captions(captioner, found, config, write, clip, wanted, page):
+        texts = [f"{config.prefix}{text}{config.suffix}" for text in written.captions]
+        yield written._replace(captions=texts)
 
 
 def evaluate_command(config: EvalConfig) -> None:
@@ -4283,11 +4231,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):  # a notebook's standard output is no file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 130 if isinstance(stop, KeyboardInterrupt) else 0
-    except (MemoryError, RuntimeError) as error:  # torch's of the CPU is a plain RuntimeError
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not SCARCE.search(repr(error)):
             raise
-        has = f"{config.device} has too little memory"
-        print(f"distcap: {has}; try {memory_advice(config)}", file=sys.stderr)
+        say(f"{config.device} has too little memory; try {memory_advice(config)}")
         return 2
     except (UserError, OSError) as error:  # a full disk or a forbidden folder is no bug of ours
         say(str(error))

@@ -299,7 +299,7 @@ def write_captions(
 
     images = [example.image for example in examples]
     found = distcap.write_captions(captioner, images, config, write, clip)
-    return [written.captions[0] for written in found]
+    return ["".join(written.captions[:1]) for written in found]
 
 
 def look_alikes(captions: torch.Tensor, images: torch.Tensor, count: int = 9) -> float:
