@@ -152,8 +152,10 @@ def test_no_line_over_100_columns():
         pytest.fail(f"{len(wide)} lines over 100 columns: {' '.join(wide)}", pytrace=False)
 
 
-def test_no_more_than_3500_lines_and_50_a_function():
-    assert len(LINES) <= 3500
+def test_no_more_than_700_lines_of_method_4300_in_all_and_50_a_function():
+    """The method is what is read in an evening. The program grew with what people need of it; when
+    this binds, take program out, not air."""
+    assert len(core()) <= 700 and len(LINES) <= 4300
     long = [(n, f"{name}, {length} lines") for length, n, name in lengths(FILE) if length > 50]
     refuse("functions of over 50 lines:", long)
 
