@@ -3012,9 +3012,9 @@ def train(config: TrainConfig) -> None:
     # Look at every picture, now rather than in the middle of training.
     if config.data != "toy":
         tell_same_bytes(dict(zip(("training", "validation", "test"), sets)))
-    training, embeddings = look(training, clip, config, skipped, needed=config.uses_images)
-    validation, validation_embeddings = look(validation, clip, config, skipped)
-    test, test_embeddings = look(test, clip, config, skipped)
+    training, embeddings = examine(training, clip, config, skipped, needed=config.uses_images)
+    validation, validation_embeddings = examine(validation, clip, config, skipped)
+    test, test_embeddings = examine(test, clip, config, skipped)
     tell_skipped(out, skipped, config)
     check_size(training, config)
     if run.writes:
@@ -3156,7 +3156,7 @@ def open_run_folder(config: TrainConfig) -> Path:
     return out
 
 
-def look(examples: list[Example], clip: CLIP, config: TrainConfig, skipped: list[Skipped],
+def examine(examples: list[Example], clip: CLIP, config: TrainConfig, skipped: list[Skipped],
          needed: bool = True) -> tuple[list[Example], Tensor]:  # fmt: skip
     """The examples whose pictures can be read, and the embeddings (N, D) of these pictures. If they
     are not `needed`, every picture is read all the same, and the embeddings are zeros."""
