@@ -3156,8 +3156,8 @@ def open_run_folder(config: TrainConfig) -> Path:
     return out
 
 
-def examine(examples: list[Example], clip: CLIP, config: TrainConfig, skipped: list[Skipped],
-         needed: bool = True) -> tuple[list[Example], Tensor]:  # fmt: skip
+def examine(examples: list[Example], clip: CLIP, config: TrainConfig,
+            skipped: list[Skipped], needed: bool = True) -> tuple[list, Tensor]:  # fmt: skip
     """The examples whose pictures can be read, and the embeddings (N, D) of these pictures. If they
     are not `needed`, every picture is read all the same, and the embeddings are zeros."""
     images = [example.image for example in examples]
@@ -3545,7 +3545,7 @@ def load_models(config: Decoding, with_clip: bool = True) -> tuple[Captioner, CL
 
 
 # What would move a terminal's cursor, or make a name look like two fields or lines.
-ESCAPES = {n: repr(chr(n))[1:-1] for n in (*range(32), *range(127, 160))}
+ESCAPES = {place: repr(chr(place))[1:-1] for place in (*range(32), *range(127, 160))}
 
 
 def put(text: str, file=None) -> None:
