@@ -1931,11 +1931,35 @@ class Bar(tqdm):
         return lambda status: status and print(status, file=file, flush=True)
 
 
+def ignore_interrupts(_: int) -> None:
+    """What a worker process does first: Ctrl-C reaches it too, but the main process decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def hold_interrupts() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    held = []
+    before = signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
+
+
 def read_ahead(dataset: torch.utils.data.Dataset, order: Sequence, workers: int) -> Iterator:
     """The items of a dataset in this order, made by worker processes while the model works."""
     workers = max(min(workers, len(order) - 1), 0)  # a process for a single batch does not pay
-    loader = torch.utils.data.DataLoader
-    for item in loader(dataset, batch_size=None, sampler=order, num_workers=workers):
+    options = dict(num_workers=workers, worker_init_fn=ignore_interrupts)
+    items = iter(torch.utils.data.DataLoader(dataset, None, sampler=order, **options))
+    for _ in order:
+        with hold_interrupts():  # else Ctrl-C may leave a lock of the loader's locked for ever
+            item = next(items)
         if isinstance(item, UserError):
             raise item
         yield item

@@ -442,7 +442,10 @@ def test_ctrl_c_ends_quietly(run):
     with subprocess.Popen(command, **pipes) as process:
         process.stdout.readline()
         os.killpg(process.pid, signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        try:
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode in (130, 0) and error.count(b"\n") <= 1  # what was done
     assert process.returncode == 0 or error.startswith(b"distcap: stopped: ")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 
 import numpy
 import pytest
@@ -397,3 +398,19 @@ def test_other_pictures_are_read_in_full_and_turned_as_before(tmp_path):
     Image.new("RGB", (90, 60)).save(tmp_path / "small.jpg")
     assert distcap.load_image(tmp_path / "small.jpg", 384).size == (90, 60)
     assert distcap.load_image(Image.new("L", (90, 60)), 32).size == (90, 60)  # in memory
+
+
+def test_ctrl_c_waits_until_the_loader_has_made_an_item():
+    """Bug: in the middle of the loader's work it could leave a lock locked, and caption hung."""
+    made = []
+
+    class Interrupted:
+        def __getitem__(self, number):
+            signal.raise_signal(signal.SIGINT)
+            made.append(number)
+            return number
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        list(distcap.read_ahead(Interrupted(), range(3), 0))
+    assert made == [0] and signal.getsignal(signal.SIGINT) is handler
