@@ -2464,7 +2464,8 @@ def reference_measures(captions: Sequence[str], references: Sequence[Sequence[st
         found["spice"] = score, [part["All"]["f"] for part in parts]
     measures = Measures({})
     for name, (score, values) in found.items():
-        measures[name], measures.each[name] = score, list(values)
+        # Python's own numbers: a state that holds numpy's could not be loaded safely.
+        measures[name], measures.each[name] = float(score), list(map(float, values))
     return measures
 
 

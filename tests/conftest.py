@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # no test may write into the user's home
@@ -16,6 +17,8 @@ import torch
 
 import distcap
 
+# A shell that runs the tests in the background lets them ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 SHORT = (
