@@ -156,6 +156,10 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 # ---- 1  Method: the settings that define it ------------------------------------------------------
+DISCRIMINATORS = ("discriminator", "paced")  # regularizers that learn what the captioner writes
+LEARNING = (*DISCRIMINATORS, "grammar")  # regularizers that learn
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """What is optimized, and against what. The defaults are the method of Chaffin et al.
@@ -172,8 +176,9 @@ class Method:
                          ("contrastive", "greedy", "neighbours", "group", "none"))
     direction: str = flag("both", "the half of Eq. 6 that counts",
                           ("both", "image-to-text", "text-to-image"))
-    regularizer: str = flag("discriminator", "what rewards human writing (Eq. 4, 10)",
-                            ("discriminator", "kl", "cider", "grammar", "none"))
+    regularizer: str = flag("discriminator", "what rewards human writing (Eq. 4, 10); paced is a "
+                            "discriminator that keeps pace, with --discriminator-steps 5",
+                            ("discriminator", "paced", "kl", "cider", "grammar", "none"))
     samples: int = flag(1, "captions sampled for each picture", number(1))
     neighbours: int = flag(0, "similar images; with Eq. 6, hard negatives", number(0))
     similarity_weight: float = flag(0.94, "alpha of Eq. 3; the regularizer gets the rest",
@@ -197,7 +202,8 @@ class Method:
     @property
     def uses_images(self) -> bool:
         """Whether rewards depend on what CLIP sees in the images."""
-        return self.objective == "rl" and (self.alpha > 0 or self.regularizer == "discriminator")
+        judged = self.alpha > 0 or self.regularizer in DISCRIMINATORS
+        return self.objective == "rl" and judged
 
     @property
     def alpha(self) -> float:
@@ -247,10 +253,10 @@ def ignored_settings(method: Method) -> dict[str, str]:
         ignored["neighbours"] = "direction"  # hard negatives are images
     if method.regularizer == "none":
         ignored["similarity_weight"] = "regularizer"
-    if method.regularizer not in ("discriminator", "grammar"):
+    if method.regularizer not in LEARNING:
         ignored["discriminator_steps"] = "regularizer"
     # Samples of no weight may still be competitors, a group's mean, or what D learns from.
-    used = method.baseline in ("contrastive", "group") or method.regularizer == "discriminator"
+    used = method.baseline in ("contrastive", "group") or method.regularizer in DISCRIMINATORS
     if method.sampled_weight == 0 and not used:
         ignored["samples"] = "sampled_weight"
     return ignored
@@ -405,6 +411,10 @@ class Regularizer:
         nothing = torch.zeros_like(rollout.caption_embeddings[:, 0])
         return nothing, nothing.sum(), {}
 
+    def rehearse(self, rollout: Rollout, batch: Batch) -> Tensor:
+        """The loss () of a further update in the same step: on the pool that was just scored."""
+        return self.score(rollout, batch)[1]
+
 
 def perceptron(width: int) -> nn.Sequential:
     """Two hidden layers, one logit: the network of the authors' discriminator."""
@@ -448,6 +458,62 @@ class Discriminator(Regularizer):
         correct = torch.cat([sampled < 0, human > 0]).float().mean()
         record = {"discriminator_accuracy": correct.item()}
         return logits.detach().sigmoid(), discriminator_loss(sampled, human), record
+
+
+class Remembering(nn.Sequential):
+    """A network that is saved together with what it was shown in the last steps: of each step the
+    rows of wrong and those of human captions."""
+
+    shown: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def get_extra_state(self) -> list:
+        """What torch saves besides the weights."""
+        return list(self.shown)
+
+    def set_extra_state(self, shown: list) -> None:
+        """What torch puts back."""
+        self.shown = tuple(shown)
+
+
+class PacedDiscriminator(Discriminator):
+    """A discriminator that keeps pace with the captioner: Eq. 4, not as the authors have it.
+
+    The plain one meets ill-formed captions only once the captioner writes them, and until then it
+    takes whatever is new for human. This one is shown corrupted human captions too; its further
+    updates (`discriminator_steps`) return to the pools of the last 20 steps; and r_reg is its logit
+    within +-10, in nats, which still tells captions apart where every probability is near zero.
+    """
+
+    def __init__(self, width: int, clip) -> None:
+        self.network = Remembering(*perceptron(2 * width))
+        self.clip = clip
+
+    def loss(self, wrong: Tensor, human: Tensor) -> Tensor:
+        """Eq. 4 on rows of image and caption: (K*B + B, D + D), (B, D + D) -> ()."""
+        return discriminator_loss(self.network(wrong).squeeze(1), self.network(human).squeeze(1))
+
+    def score(self, rollout: Rollout, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """The logit of every caption; the loss of Eq. 4, with sampled and corrupted captions as the
+        zeros; D's accuracy on sampled and human captions."""
+        images = rollout.image_embeddings[rollout.image_index]  # (C, D)
+        pairs = torch.cat([images, rollout.caption_embeddings], dim=1)  # (C, D + D)
+        sampled, human, _ = pairs.split(rollout.sizes)
+        broken = [corrupt(caption) for caption in batch.ground_truth]
+        corrupted = [rollout.image_embeddings, self.clip.embed_captions(broken)]
+        wrong = torch.cat([sampled, torch.cat(corrupted, dim=1)])  # (K*B + B, D + D)
+        self.network.shown = (*self.network.shown[-19:], (wrong, human))
+
+        logits = self.network(pairs).squeeze(1).detach()
+        sampled_logits, human_logits, _ = logits.split(rollout.sizes)
+        correct = torch.cat([sampled_logits < 0, human_logits > 0]).float().mean()
+        record = {"discriminator_accuracy": correct.item()}
+        return logits.clamp(-10, 10), self.loss(wrong, human), record
+
+    def rehearse(self, rollout: Rollout, batch: Batch) -> Tensor:
+        """Eq. 4 on the pool of one of the last 20 steps, drawn by torch's random numbers."""
+        drawn = self.network.shown[torch.randint(len(self.network.shown), ())]
+        wrong, human = (rows.to(rollout.caption_embeddings.device) for rows in drawn)
+        return self.loss(wrong, human)
 
 
 class KL(Regularizer):
@@ -570,6 +636,8 @@ def make_regularizer(learner: Learner, references: Sequence[Sequence[str]]) -> R
     width = learner.image_embeddings.shape[1]
     if kind == "discriminator":
         return Discriminator(width)
+    if kind == "paced":
+        return PacedDiscriminator(width, learner.clip)
     if kind == "kl":
         return KL(learner.captioner, learner.divisor)
     if kind == "cider":
@@ -731,6 +799,8 @@ class Learner:
             "reward": sampled.mean().item(),
             "similarity": similarity[: len(sampled)].mean().item(),
             "regularizer": scores[: len(sampled)].mean().item(),
+            "similarity_spread": similarity[: len(sampled)].std(correction=0).item(),
+            "regularizer_spread": scores[: len(sampled)].std(correction=0).item(),
             "ground_truth_reward": human.mean().item(),
             "greedy_reward": greedy.mean().item(),
             "ground_truth_share": (advantages[len(sampled) :] > 0).float().mean().item(),
@@ -2180,9 +2250,9 @@ def update(
 
 
 def rehearse(learner: Learner, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-    """The further updates of the regularizer's network, on the captions that were just judged."""
+    """The further updates of the regularizer's network in a step."""
     for _ in range(learner.method.discriminator_steps - 1):
-        _, loss, _ = learner.regularizer.score(*learner.judged)
+        loss = learner.regularizer.rehearse(*learner.judged)
         optimizers["network"].zero_grad()
         loss.backward()
         average_gradients(learner.regularizer.network.parameters())
@@ -4061,7 +4131,7 @@ def ignored_flags(config: Decoding) -> dict[str, str]:
             ignored = dict.fromkeys(vars(config).keys() - {"table", "format"}, "table")
     elif isinstance(config, TrainConfig):
         ignored = ignored_settings(config)
-        if config.regularizer not in ("discriminator", "grammar"):
+        if config.regularizer not in LEARNING:
             names = ["discriminator_learning_rate", "pretrain_discriminator"]
             ignored |= dict.fromkeys(names, "regularizer")
         if config.objective == "tf":
