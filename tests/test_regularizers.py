@@ -9,7 +9,7 @@ from pycocoevalcap.cider.cider import Cider
 
 import distcap
 
-ALL = ("discriminator", "kl", "cider", "grammar", "none")
+ALL = ("discriminator", "paced", "kl", "cider", "grammar", "none")
 
 
 def rollout_of(learner, batch):
@@ -25,7 +25,7 @@ def test_one_interface(learn, regularizer):
     scores, loss, record = learner.regularizer.score(rollout, batch)
     assert scores.shape == (16,) and scores.isfinite().all() and not scores.requires_grad
     assert loss.shape == () and all(math.isfinite(value) for value in record.values())
-    learns = regularizer in ("discriminator", "grammar")
+    learns = regularizer in distcap.LEARNING
     weights = [p for p in learner.regularizer.network.parameters() if p.requires_grad]
     assert loss.requires_grad == learns == bool(weights)
     if learns:
@@ -44,7 +44,7 @@ def test_eq_3_mixes_it_into_the_similarity(learn, regularizer):
     scores, _, _ = learner.regularizer.score(rollout, batch)
     similarity = learner.similarity_rewards(rollout, batch)
     expected = 0.25 * similarity + 0.75 * scores if regularizer != "none" else similarity
-    torch.manual_seed(2)  # grammar corrupts by chance
+    torch.manual_seed(2)  # grammar and paced corrupt by chance
     _, _, record = learner.judge(rollout, batch)
     assert record["reward"] == pytest.approx(expected[:4].mean().item(), abs=1e-6)
     assert record["ground_truth_reward"] == pytest.approx(expected[4:8].mean().item(), abs=1e-6)
@@ -119,6 +119,46 @@ def test_the_discriminator_sees_each_caption_beside_its_own_image(learn):
 
 
 REFERENCES = [["a red ring", "a ring"], ["a blue bar", "two shapes"], ["a red bar", "a bar."]]
+
+
+def test_the_paced_discriminator_is_eq_4_with_corrupted_captions_among_the_zeros(learn):
+    """Its loss from a slow loop over the pairs; its score is the logit, within +-10."""
+    learner, batch = learn(regularizer="paced", samples=2)
+    rollout = rollout_of(learner, batch)
+    paced = learner.regularizer
+    torch.manual_seed(3)
+    scores, loss, _ = paced.score(rollout, batch)
+    torch.manual_seed(3)
+    broken = [distcap.corrupt(caption) for caption in batch.ground_truth]
+    embeddings = [*rollout.caption_embeddings, *learner.clip.embed_captions(broken)]
+    owners = [*rollout.image_index.tolist(), 0, 1, 2, 3]
+    probabilities = [
+        paced.logits(rollout.image_embeddings[[owner]], caption[None]).sigmoid().item()
+        for owner, caption in zip(owners, embeddings)
+    ]
+    wrong = [*range(8), *range(16, 20)]  # samples, corrupted captions
+    by_hand = sum(-math.log(1 - probabilities[n]) for n in wrong) / 12 / 2
+    by_hand += sum(-math.log(probabilities[n]) for n in range(8, 12)) / 4 / 2
+    assert loss.item() == pytest.approx(by_hand, abs=1e-5)
+    odds = torch.tensor(probabilities[:16]).logit()
+    torch.testing.assert_close(scores, odds, atol=1e-4, rtol=1e-4)
+    for parameter in paced.network.parameters():
+        parameter.data *= 100
+    assert paced.score(rollout, batch)[0].abs().max() == 10
+
+
+def test_the_paced_discriminator_rehearses_the_last_twenty_pools(learn):
+    learner, batch = learn(regularizer="paced")
+    rollout = rollout_of(learner, batch)
+    paced = learner.regularizer
+    losses = [paced.score(rollout, batch)[1].item() for _ in range(23)]  # corrupted anew each time
+    assert len(paced.network.shown) == 20
+    drawn = {round(paced.rehearse(rollout, batch).item(), 5) for _ in range(300)}
+    assert drawn == {round(loss, 5) for loss in losses[-20:]}
+
+    again = distcap.PacedDiscriminator(rollout.caption_embeddings.shape[1], learner.clip)
+    again.network.load_state_dict(paced.network.state_dict())  # as a run that is resumed
+    assert all(a.equal(b) for a, b in zip(again.network.shown[0], paced.network.shown[0]))
 
 
 def test_cider_equals_pycocoevalcap_on_the_whole_data_set():

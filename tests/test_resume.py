@@ -14,6 +14,7 @@ TINY = "--train-size 40 --test-size 8 --clip-steps 3 --tf-steps 3 --steps 3 --ba
 TINY += " --save-every 2 --validate-every 2 --device cpu --log-every 2"
 METHODS = {
     "discriminator": "--pretrain-discriminator 3 --discriminator-steps 2 --select oracle_R@1",
+    "paced": "--regularizer paced --discriminator-steps 3",
     "KL": "--regularizer kl --select cider",
     "teacher forcing": "--recipe tf --select reward",
 }
@@ -70,7 +71,7 @@ def interrupt(monkeypatch, how, after):
 
 
 WAYS = [("discriminator", Killed, 2), ("discriminator", signal.SIGTERM, 1), ("KL", Killed, 3)]
-WAYS += [("KL", signal.SIGINT, 2), ("teacher forcing", Killed, 2)]
+WAYS += [("KL", signal.SIGINT, 2), ("teacher forcing", Killed, 2), ("paced", Killed, 2)]
 
 
 @pytest.mark.parametrize(("method", "how", "after"), WAYS)
