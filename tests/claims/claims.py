@@ -23,14 +23,19 @@ depends on that, so keep it.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import re
 import shutil
 import statistics
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -336,22 +341,30 @@ def make(task: Task) -> Task:
     return task
 
 
-def make_all(pool: ProcessPoolExecutor, tasks: Iterable[Task]) -> None:
-    """Make what is not finished. If something fails the rest is made all the same; then raise."""
+def end_with_parent() -> None:
+    """In a process of the pool: end when the command ends, however it does."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def make_all(pool: ProcessPoolExecutor, tasks: Iterable[Task]) -> list[str]:
+    """Make what is not finished, and tell. Returns what failed; the rest is made all the same."""
     waiting = {pool.submit(make, task): task for task in tasks if not task.finished}
     failures = []
     for number, done in enumerate(as_completed(waiting), 1):
-        task = waiting[done]
+        task, found = waiting[done], "done"
         if done.exception():
             failures.append(f"{task.folder}: {done.exception()!r}")
-        found = "failed" if done.exception() else "done"
-        if not done.exception() and (task.folder / "results.json").exists():
+            found = "failed"
+        elif (task.folder / "results.json").exists():
             found = f"oracle R@1 {values(task)['oracle_R@1']:.2f}"
-        clock = time.strftime("%H:%M:%S")
-        where = f"{clock} {task.part} {number}/{len(waiting)}, seed {task.seed}"
-        print(f"{where}: {task.row} {task.flags}: {found}", flush=True)
-    if failures:
-        raise SystemExit("\n".join(failures))
+        where = f"{task.part} {number}/{len(waiting)}, seed {task.seed}"
+        print(f"{time.strftime('%X')} {where}: {task.row} {task.flags}: {found}", flush=True)
+    return failures
 
 
 # ---- What is made --------------------------------------------------------------------------------
@@ -452,8 +465,8 @@ class Plan:
             flags = ["train", "--device", "cpu", *tasks[0].flags.split()]
             weight = distcap.parse_arguments(flags)[1].ground_truth_weight
             if weight == 0 and row not in (START, RERANKED, COSINE):
-                few = tasks[: len(self.few_seeds)]
-                found[row] = statistics.fmean(values(task)["oracle_R@1"] for task in few)
+                few = [task for task in tasks[: len(self.few_seeds)] if task.finished]
+                found[row] = sum(values(task)["oracle_R@1"] for task in few)
         return max(found, key=found.get)
 
     def world(self) -> dict[str, list[Task]]:
@@ -616,7 +629,7 @@ def rounded(found: Iterable) -> list:
 
 
 def summary(plan: Plan, alphas: dict[str, float]) -> dict[str, dict[str, dict]]:
-    """What claims.json holds: of each table each row's values, on each seed."""
+    """What claims.json holds: of each table each row's values, on each seed that is complete."""
     tables = {
         "main": plan.rows(alphas),
         "departures": plan.departures(),
@@ -626,11 +639,12 @@ def summary(plan: Plan, alphas: dict[str, float]) -> dict[str, dict[str, dict]]:
     found = {}
     for part, rows in tables.items():
         found[part] = {}
-        for row, tasks in rows.items():
-            seeds = [values(task) for task in tasks if task.finished]
-            if seeds:
-                columns = {name: rounded(each[name] for each in seeds) for name in KEPT}
-                found[part][row] = {"flags": tasks[0].flags} | columns
+        seeds = [seed for seed in zip(*rows.values()) if all(task.finished for task in seed)]
+        for number, row in enumerate(rows if seeds else ()):
+            each = [values(seed[number]) for seed in seeds]
+            columns = {name: rounded(one[name] for one in each) for name in KEPT}
+            columns["seed"] = [seed[number].seed for seed in seeds]
+            found[part][row] = {"flags": rows[row][0].flags} | columns
     return found
 
 
@@ -710,11 +724,16 @@ def differences(tables: dict[str, dict[str, dict]]) -> str:
     head = " | ".join(COLUMNS[name] for name in COMPARED)
     lines = [f"| | against | {head} |", "|---|---|" + "---|" * len(COMPARED)]
     for row, found in (tables["main"] | tables["departures"]).items():
-        if other := against(row):
+        if (other := against(row)) and other in tables["main"]:
             columns = tables["main"][other]
             cells = [difference(gaps(found[name], columns[name])) for name in COMPARED]
             lines.append(f"| {row} | {other} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+# ---- The READMEs ---------------------------------------------------------------------------------
+def publish() -> None:
+    """Write what is read from claims.json and tuning.json: the figure and the two READMEs."""
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -726,25 +745,26 @@ def read_tuning(out: Path) -> dict[str, dict]:
     return {}
 
 
-def train_all(plan: Plan, parts: tuple[str, ...], jobs: int) -> None:
-    """Make whatever is not finished of these parts."""
-    with ProcessPoolExecutor(jobs) as pool:
-        make_all(pool, plan.starts(parts))
-        make_all(pool, plan.judges(parts))
-        if "tune" in parts:
-            make_all(pool, plan.spreads().values())
-            make_all(pool, itertools.chain(*plan.tuning().values()))
+def train_all(plan: Plan, parts: tuple[str, ...], jobs: int) -> list[str]:
+    """Make whatever is not finished of these parts. Returns what failed."""
+    with ProcessPoolExecutor(jobs, initializer=end_with_parent) as pool:
+        make_now = functools.partial(make_all, pool)
+        failures = make_now(plan.starts(parts)) + make_now(plan.judges(parts))
+        if "tune" in parts and not failures:
+            failures += make_now(plan.spreads().values())
+            failures += make_now(itertools.chain(*plan.tuning().values()))
             found = line_by_line({"tuning": tuned(plan)})
             distcap.write_text(plan.out / "tuning.json", found)
         weights = alphas(read_tuning(plan.out))
         if "main" in parts:
-            make_all(pool, flat(plan.rows(weights)))
+            failures += make_now(flat(plan.rows(weights)))
         if "departures" in parts:
-            make_all(pool, flat(plan.departures()))
+            failures += make_now(flat(plan.departures()))
         if "robustness" in parts:
-            make_all(pool, flat(plan.robustness(weights)))
+            failures += make_now(flat(plan.robustness(weights)))
         if "world" in parts:
-            make_all(pool, flat(plan.world()))
+            failures += make_now(flat(plan.world()))
+    return failures
 
 
 def main() -> None:
@@ -762,19 +782,25 @@ def main() -> None:
          "finished; or the READMEs, from claims.json")  # fmt: skip
     arguments = parser.parse_args()
     plan = Plan(arguments.out, arguments.seeds, arguments.quick)
-    parts = PARTS if arguments.only is None else (arguments.only,)
-    if arguments.only not in ("tables", "readme"):
-        train_all(plan, parts, arguments.jobs)
-    if arguments.only not in (None, "tables"):
-        return
-    tuning = read_tuning(plan.out)
-    tables = summary(plan, alphas(tuning))
-    for part, rows in tables.items():
-        print(f"\n{part}\n\n{markdown(rows)}")
-    print(f"\n{differences(tables)}")
-    if arguments.readme:
-        distcap.write_text(HERE / "claims.json", line_by_line(tables))
-        distcap.write_text(HERE / "tuning.json", line_by_line({"tuning": tuning}))
+    if arguments.only == "readme":
+        return publish()
+    failures = []
+    if arguments.only != "tables":
+        parts = (arguments.only,) if arguments.only else PARTS
+        failures = train_all(plan, parts, arguments.jobs)
+    if arguments.only in (None, "tables"):
+        tuning = read_tuning(plan.out)
+        tables = summary(plan, alphas(tuning))
+        for part, rows in tables.items():
+            print(f"\n{part}\n\n{markdown(rows)}" if rows else f"\n{part}: nothing yet")
+        print(f"\n{differences(tables)}")
+        if arguments.readme and not failures:
+            distcap.write_text(HERE / "claims.json", line_by_line(tables))
+            distcap.write_text(HERE / "tuning.json", line_by_line({"tuning": tuning}))
+            # In a process of its own: the text may have been edited while all this was trained.
+            subprocess.run([sys.executable, __file__, "--only", "readme"], check=True)
+    if failures:
+        raise SystemExit("failed:\n" + "\n".join(failures))
 
 
 if __name__ == "__main__":
