@@ -21,9 +21,11 @@ depends on that, so keep it.
 """
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import itertools
 import json
@@ -731,9 +733,211 @@ def differences(tables: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
-# ---- The READMEs ---------------------------------------------------------------------------------
+# ---- What is read: two READMEs and a figure ------------------------------------------------------
+HEADLINE = (START, RERANKED, COSINE, BOTH, f"{BOTH} + paced discriminator", HUMAN,
+            f"{FULL}, no discriminator", FULL)  # fmt: skip
+SHORT_COLUMNS = ("text_to_image_R@1", "oracle_R@1", "well_formed", "faithful", "cider",
+                 "mean_length", "end")  # fmt: skip
+SECOND = "second world: "  # begins the names of its rows in the prose
+
+
+class Prose:
+    """What a template may call, as {mean('ground truth only', 'oracle_R@1')}: every number of the
+    text. Arguments are literals."""
+
+    def __init__(self, tables: dict[str, dict[str, dict]], tuning: dict[str, dict]) -> None:
+        self.tables, self.tuned = tables, tuning
+        self.rows = tables["main"] | tables["departures"] | tables["robustness"]
+        self.rows |= {SECOND + row: found for row, found in tables["world"].items()}
+
+    def render(self, template: str) -> str:
+        """The text with every call in braces replaced by what it returns."""
+
+        def call(found: re.Match) -> str:
+            arguments = ast.literal_eval(f"({found[2]},)") if found[2] else ()
+            return getattr(self, found[1])(*arguments)
+
+        return re.sub(r"\{([a-z_]+)\((.*?)\)\}", call, template)
+
+    def mean(self, row: str, column: str) -> str:
+        """The mean over the seeds."""
+        return f"{statistics.fmean(self.rows[row][column]):.2f}"
+
+    def each(self, row: str, column: str) -> str:
+        """The value on each seed."""
+        return ", ".join(f"{value:.2f}" for value in self.rows[row][column])
+
+    def gaps(self, row: str, column: str, other: str | None) -> list[float]:
+        """What a row has more than another, on each seed."""
+        prefix = SECOND if row.startswith(SECOND) else ""
+        other = other or prefix + (against(row.removeprefix(SECOND)) or "")
+        return gaps(self.rows[row][column], self.rows[other][column])
+
+    def diff(self, row: str, column: str, other: str | None = None) -> str:
+        """The mean difference from another row, by default that of `against`, and its interval."""
+        return difference(self.gaps(row, column, other)).rpartition(" (")[0]
+
+    def more(self, row: str, column: str, other: str | None = None) -> str:
+        """On how many seeds there is more than in the other row, by 0.005 or more."""
+        found = self.gaps(row, column, other)
+        return f"{sum(round(gap, 6) >= 0.005 for gap in found)} of {len(found)}"
+
+    def less(self, row: str, column: str, other: str | None = None) -> str:
+        """On how many seeds there is less."""
+        found = self.gaps(row, column, other)
+        return f"{sum(round(gap, 6) <= -0.005 for gap in found)} of {len(found)}"
+
+    def below(self, row: str, column: str, limit: float) -> str:
+        """On how many seeds a value is below a limit."""
+        found = self.rows[row][column]
+        return f"{sum(value < limit for value in found)} of {len(found)}"
+
+    def ends(self, row: str, word: str) -> str:
+        """On how many seeds training ends so: "hacked", "no words", "spoilt"."""
+        found = self.rows[row]["end"]
+        return f"{found.count(word)} of {len(found)}"
+
+    def cracks(self, row: str, word: str) -> str:
+        """On how many seeds this cracks first: "grammar", "truth", "" for nothing."""
+        found = self.rows[row]["cracked"]
+        return f"{found.count(word)} of {len(found)}"
+
+    def auc(self, row: str) -> str:
+        """The mean AUC over the seeds that have one, and how many do."""
+        found = [value for value in self.rows[row]["auc"] if value is not None]
+        if not found:
+            return "none"
+        return f"{statistics.fmean(found):.2f} ({len(found)} of {len(self.rows[row]['auc'])} seeds)"
+
+    def rival(self) -> str:
+        """The best rival, that is in the table of robustness."""
+        others = [row.partition(";")[0] for row in self.tables["robustness"]]
+        return next(row for row in others if row not in (FULL, HUMAN, COSINE))
+
+    def alpha(self, row: str) -> str:
+        """The weight of the similarity of a row that was tuned."""
+        return f"{self.tuned[row]['alpha'][self.tuned[row]['best']]:g}"
+
+    def spread(self, row: str) -> str:
+        """How many times as widely as the regularizer the similarity spreads in a tuned row."""
+        found = self.tuned[row]
+        return f"{found['similarity_spread'] / found['regularizer_spread']:.1f}"
+
+    def toy(self, name: str) -> str:
+        """A setting of the toy world's."""
+        return f"{distcap.TOY[name]:g}"
+
+    def generic(self) -> str:
+        """Which share of the references is generic, in percent."""
+        parameters = inspect.signature(distcap.write_references).parameters
+        return f"{100 * parameters['generic'].default:.0f}"
+
+    def generic_there(self) -> str:
+        """The same in the second world."""
+        return f"{100 * second_world.GENERIC:.0f}"
+
+    def seed_count(self) -> str:
+        """How many seeds the main table has."""
+        return str(len(self.tables["main"][FULL]["seed"]))
+
+    def row_count(self) -> str:
+        """How many rows it has."""
+        return str(len(self.tables["main"]))
+
+    def minutes(self) -> str:
+        """What all runs in the tables took, in minutes of one core."""
+        found = [row["seconds"] for rows in self.tables.values() for row in rows.values()]
+        return f"{sum(map(sum, found)) / 60:.0f}"
+
+    def table(self, part: str) -> str:
+        """A table of claims.json."""
+        columns = dict.fromkeys(COLUMNS)
+        if part == "robustness":
+            columns = ("oracle_R@1", "well_formed", "faithful", "text_to_image_R@1", "cracked")
+        elif part == "world":
+            columns = SHORT_COLUMNS
+        return markdown(self.tables[part], columns)
+
+    def headline(self) -> str:
+        """The few rows and columns that the README of the project shows."""
+        return markdown({row: self.tables["main"][row] for row in HEADLINE}, SHORT_COLUMNS)
+
+    def differences(self) -> str:
+        """The table of differences."""
+        return differences(self.tables)
+
+    def tuning(self) -> str:
+        """What was tried for the rows that were tuned."""
+        names = list(RHO)
+        head = " | ".join(f"rho = {name}" for name in names)
+        lines = [f"| | spread of the similarity, of the regularizer | {head} | alpha |"]
+        lines.append("|---|---|" + "---|" * len(names) + "---|")
+        for row, found in self.tuned.items():
+            cells = []
+            for name in names:
+                scores = ", ".join(f"{value:.2f}" for value in found["oracle_R@1"][name])
+                cells.append(f"**{scores}**" if name == found["best"] else scores)
+            both = f"{found['similarity_spread']:.3f}, {found['regularizer_spread']:.3f}"
+            lines.append(f"| {row} | {both} | {' | '.join(cells)} | {self.alpha(row)} |")
+        return "\n".join(lines)
+
+
+def figure(rows: dict[str, dict], path: Path) -> None:
+    """Oracle R@1 against the reward CLIP's R@1. What is hacked lies far below the diagonal: CLIP
+    finds the picture, an ideal reader does not. The rows of HEADLINE have their names."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 15, "axes.spines.top": False, "axes.spines.right": False})
+    _, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
+    axes.plot([0, 1], [0, 1], color="0.6", linestyle=":")
+    points = {}
+    for row, found in rows.items():
+        points[row] = [
+            statistics.fmean(found[name]) for name in ("text_to_image_R@1", "oracle_R@1")
+        ]
+        if row not in HEADLINE:
+            axes.plot(*points[row], "o", color="0.75", markersize=7)
+
+    # Names stand beside the plot, from bottom to top as the points do, but not on one another.
+    height = -0.07
+    for row in sorted(HEADLINE, key=lambda row: points[row][::-1]):
+        x, y = points[row]
+        broken = rows[row]["end"].count("hacked") > len(rows[row]["end"]) / 2
+        colour, marker = ("#d55e00", "X") if broken else ("#0072b2", "o")  # for all eyes
+        axes.plot(x, y, marker, color=colour, markersize=11, markeredgecolor="white")
+        height = max(height + 0.085, min(y, 1.02 - 0.085 * (len(HEADLINE) - 1)))
+        style = dict(arrowstyle="-", color="0.5", linewidth=0.8, shrinkB=6)
+        axes.annotate(row, (x, y), (1.06, height), va="center", color=colour, arrowprops=style)
+    axes.set(xlabel="text-to-image R@1 of the CLIP that rewards", ylabel="oracle R@1")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.05))
+    pyplot.savefig(path, dpi=110)
+    pyplot.close()
+
+
+BLOCK = re.compile(r"(<!-- claims -->\n).*(\n<!-- end of claims -->)", re.DOTALL)
+
+
+def texts(tables: dict[str, dict[str, dict]], tuning: dict[str, dict]) -> dict[Path, str]:
+    """The two READMEs as they should be: this folder's, from its template, and the project's, with
+    the other template between its marks."""
+    prose, project = Prose(tables, tuning), HERE.parents[1] / "README.md"
+    page = prose.render((HERE / "README.template.md").read_text(encoding="utf-8"))
+    part = prose.render((HERE / "headline.template.md").read_text(encoding="utf-8")).strip()
+    whole = project.read_text(encoding="utf-8")
+    whole = BLOCK.sub(lambda found: found[1] + part + found[2], whole)
+    return {HERE / "README.md": page, project: whole}
+
+
 def publish() -> None:
-    """Write what is read from claims.json and tuning.json: the figure and the two READMEs."""
+    """Write what is made of claims.json and tuning.json: the figure and the two READMEs."""
+    tables = json.loads((HERE / "claims.json").read_text())
+    tuning = json.loads((HERE / "tuning.json").read_text())["tuning"]
+    figure(tables["main"], HERE / "claims.png")
+    for path, text in texts(tables, tuning).items():
+        distcap.write_text(path, text)
 
 
 # ---- The command ---------------------------------------------------------------------------------
