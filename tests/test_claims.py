@@ -508,3 +508,108 @@ def test_marks_look_different():
 
 
 # ---- What is read ----------------------------------------------------------------------------
+TEMPLATES = ("README.template.md", "headline.template.md")
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """Tables with every row, of numbers that mean nothing."""
+    rng = random.Random(0)
+    plan = claims.Plan(tmp_path, 2, quick=False)
+    parts = {"main": plan.rows({}), "departures": plan.departures(), "world": plan.world()}
+    names = [f"{row}; {claims.LONGER}" for row in (claims.FULL, claims.BOTH)]
+    parts["robustness"] = dict.fromkeys(names)
+    words = {"end": ["hacked", ""], "cracked": ["truth", "grammar"], "seed": [0, 1]}
+    found = {}
+    for part, rows in parts.items():
+        found[part] = {}
+        for row in rows:
+            numbers = {name: [rng.random(), rng.random()] for name in claims.KEPT}
+            found[part][row] = {"flags": ""} | numbers | words
+    tried = dict(similarity_spread=0.1, regularizer_spread=0.2, best="1")
+    tried |= {"alpha": {"1": 0.9}, "oracle_R@1": {name: [0.5, 0.5] for name in claims.RHO}}
+    return found, dict.fromkeys(claims.TUNED, tried)
+
+
+def test_prose_is_filled_from_the_tables(made_up):
+    found, tuning = made_up
+    row = found["main"]["cosine, group of 4"]
+    row |= {"oracle_R@1": [0.25, 0.75], "auc": [None, 0.7], "end": ["hacked", "hacked"]}
+    found["main"][claims.COSINE]["oracle_R@1"] = [0.15, 0.75]
+    prose = claims.Prose(found, tuning)
+    name = "'cosine, group of 4'"
+    filled = {
+        f"a {{mean({name}, 'oracle_R@1')}} b": "a 0.50 b",
+        f"{{each({name}, 'oracle_R@1')}}": "0.25, 0.75",
+        f"{{diff({name}, 'oracle_R@1')}}": "+0.05 ± 0.64",  # 12.706 * 0.0707 / sqrt(2)
+        f"{{more({name}, 'oracle_R@1')}}": "1 of 2",
+        f"{{less({name}, 'oracle_R@1', 'cosine, self-critical')}}": "0 of 2",
+        f"{{below({name}, 'oracle_R@1', 0.5)}}": "1 of 2",
+        f"{{ends({name}, 'hacked')}}": "2 of 2",
+        f"{{auc({name})}}": "0.70 (1 of 2 seeds)",
+        "{rival()}": claims.BOTH,
+        f"{{cracks('the full method; {claims.LONGER}', 'truth')}}": "1 of 2",
+        "{alpha('Eq. 6, both + KL')} {spread('Eq. 6, both + KL')}": "0.9 0.5",
+        "{toy('steps')}": str(distcap.TOY["steps"]),
+        "{braces} {}": "{braces} {}",
+    }
+    for template, text in filled.items():
+        assert prose.render(template) == text
+    for wrong in ("{mean('no such row', 'oracle_R@1')}", "{nothing()}", "{toy(1 + 1)}"):
+        with pytest.raises((KeyError, AttributeError, ValueError)):
+            prose.render(wrong)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_templates_call_what_there_is(name, made_up):
+    text = claims.Prose(*made_up).render((claims.HERE / name).read_text())
+    assert "{" not in text and "None" not in text
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_no_result_is_written_by_hand(name):
+    """Numbers of the prose come from the file, but for settings, seeds and equations."""
+    text = (claims.HERE / name).read_text()
+    text = re.sub(r"```.*?```|`[^`]*`|\{[a-z_]+\(.*?\)\}", "", text, flags=re.DOTALL)
+    text = re.sub(r"temperature 0\.7|by 0\.005|95 % t|Eq\. \d+|group of 4|best of 8", "", text)
+    assert re.findall(r"\d+\.\d+|\d+ %|\d+ of \d+|[-+±]\s?\d+", text) == []
+
+
+def test_the_readmes_are_what_the_files_make_them(tables, tuning):
+    for path, text in claims.texts(tables, tuning).items():
+        assert path.read_text() == text
+
+
+def test_a_file_has_a_line_for_each_row_and_no_digits_that_mean_nothing(tables, tuning):
+    for name, found in {"claims.json": tables, "tuning.json": {"tuning": tuning}}.items():
+        text = (claims.HERE / name).read_text()
+        assert text == claims.line_by_line(found)
+        assert not re.search(r"\.\d{7}", text)
+
+
+def test_the_file_holds_every_row(tables, tuning, tmp_path):
+    plan = claims.Plan(tmp_path, 5, quick=False)
+    weights = claims.alphas(tuning)
+    expected = {"main": plan.rows(weights), "departures": plan.departures(), "world": plan.world()}
+    for part, rows in expected.items():
+        flags = {row: tasks[0].flags for row, tasks in rows.items()}
+        assert {row: found["flags"] for row, found in tables[part].items()} == flags
+        assert {tuple(found["seed"]) for found in tables[part].values()} == {
+            tuple(task.seed for task in next(iter(rows.values())))
+        }
+
+
+def test_the_figure_is_drawn(made_up, tmp_path):
+    pytest.importorskip("matplotlib")
+    claims.figure(made_up[0]["main"], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", claims.HERE / "README.md"], ids=str)
+def test_the_readmes_name_flags_that_exist(path):
+    classes = [cls for cls, _ in distcap.VERBS.values()]
+    fields = [field.name for cls in classes for field in dataclasses.fields(cls)]
+    known = {f"--{name.replace('_', '-')}" for name in fields}
+    known |= {"--no-recursive", "--help", "--check", "--nproc-per-node"}
+    known |= {"--seeds", "--jobs", "--quick", "--readme", "--only", "--tune"}
+    assert set(re.findall(r"(?<!\S)[`(]?(--[a-z-]+)", path.read_text())) <= known
