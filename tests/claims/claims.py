@@ -1,160 +1,130 @@
-"""The tables of README.md beside this file: the toy world over seeds and objectives.
+"""The tables of README.md beside this file: what the talk claims, measured on the toy world.
 
-    python tests/claims/claims.py --seeds 5 --jobs 2            # print the tables
-    python tests/claims/claims.py --seeds 5 --jobs 2 --readme   # and write them where they are read
+    python tests/claims/claims.py --seeds 5 --jobs 2 --readme   # everything, and write it down
+    python tests/claims/claims.py --seeds 5 --jobs 2            # everything, and print the tables
     python tests/claims/claims.py --seeds 1 --quick             # a few steps of everything
-    python tests/claims/claims.py --tune --jobs 2               # settings of rivals, on other seeds
+    python tests/claims/claims.py --seeds 5 --only main         # one part
+    python tests/claims/claims.py --seeds 3 --only tables       # of what is finished already
+
+The parts, in this order. *tune*: how much each regularizer weighs, on two worlds that no table
+uses. *main*: a row for each objective, from the same start on each seed. *departures*: the full
+method with a departure from the authors' scripts undone. *robustness*: a few rows at other rates
+and for longer. *world*: the main claims in another world, second_world.py.
 
 A start (CLIP pretrained, captioner teacher-forced) and a judge (a second CLIP: another seed, twice
-as wide, never a reward) are made once per seed. Every row continues from the start of its seed.
-Rows called "tuned" have the settings that did best in tuning.json, which `--tune` writes.
+as wide, never a reward) are made once for each seed; every row of the seed continues from there.
+Rows are trained with distcap's defaults for the toy world, but for what their name says.
 
-Finished runs are kept in --out, so an interrupted command picks up where it stopped; after a change
-to distcap.py, give another folder. A job is a process with one thread on the CPU: rounding depends
-on that, so keep it.
+Finished runs are kept in --out, and a command that was interrupted goes on where it stopped; after
+a change to distcap.py, give another folder. A job is a process with one thread on the CPU: rounding
+depends on that, so keep it.
 """
 
 import argparse
+import ast
 import contextlib
 import dataclasses
+import functools
+import inspect
 import io
+import itertools
 import json
 import math
+import multiprocessing
+import os
 import re
 import shutil
 import statistics
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from unittest import mock
 
+import second_world
 import torch
 
 import distcap
 
 HERE = Path(__file__).resolve().parent
-TUNING = HERE / "tuning.json"
+PARTS = ("tune", "main", "departures", "robustness", "world")
 
 # ---- The rows ------------------------------------------------------------------------------------
-START, RERANKED = "teacher forcing", "teacher forcing, best of 8 by CLIP"
-FULL = "**the full method**"
+DEFAULT = distcap.parse_arguments(["train", "--device", "cpu"])[1]  # the full method, as it is here
+START, RERANKED, FULL = "teacher forcing", "best of 8 by CLIP", "the full method"
+COSINE, BOTH, HUMAN = "cosine, self-critical", "Eq. 6, both", "ground truth only"
 ALONE = "--regularizer none --ground-truth-weight 0"  # CLIP's reward and nothing else
-
-# Row: its flags, and the row that a claim holds it against.
-ROWS: dict[str, tuple[str, str | None]] = {
-    START: ("", None),
-    RERANKED: ("", START),
-    "ground truth only": ("--recipe ground-truth", START),
-    "CIDEr, self-critical": ("--recipe scst", START),
-    "cosine, no baseline": ("--recipe no-baseline", START),
-    "cosine, self-critical": ("--recipe clip-scst", START),
-    "cosine, self-critical + CIDEr": ("--recipe clip-scst-cider", "cosine, self-critical"),
-    "cosine, self-critical + KL": ("--recipe clip-scst-kl", "cosine, self-critical"),
-    "cosine, self-critical + grammar": (
-        "--recipe clip-scst-grammar --similarity-weight 0.94",  # as the others, for comparison
-        "cosine, self-critical",
-    ),
-    "cosine, self-critical + discriminator": (
-        "--recipe clip-scst-discriminator",
-        "cosine, self-critical",
-    ),
-    "cosine, self-critical + ground truth": (
-        "--recipe clip-scst --ground-truth-weight 2",
-        "cosine, self-critical",
-    ),
-    "cosine, similar images": ("--recipe similar-images", "cosine, self-critical"),
-    "cosine, group of 4": ("--recipe group", "cosine, self-critical"),
-    "Eq. 6, image-to-text": (f"{ALONE} --direction image-to-text", "Eq. 6, both"),
-    "Eq. 6, text-to-image": (f"{ALONE} --direction text-to-image", "Eq. 6, both"),
-    "Eq. 6, both": (ALONE, "cosine, self-critical"),
-    "Eq. 6, both + discriminator": (
-        "--similarity-weight 0.94 --ground-truth-weight 0",
-        "Eq. 6, both",
-    ),
-    "Eq. 6, both + ground truth": ("--regularizer none", "Eq. 6, both"),
-    FULL: ("", "Eq. 6, both + ground truth"),
-    "image-to-text + discriminator + ground truth": ("--direction image-to-text", FULL),
-    "text-to-image + discriminator + ground truth": ("--direction text-to-image", FULL),
-    # These four undo a departure from the authors' scripts: see `departures`.
-    "the full method, not centred": ("", FULL),
-    "the full method, negative ground truth not clamped": ("", FULL),
-    "the full method, beam search for a sample": ("", FULL),
-    "the full method, greedy captions out of the pool": ("", FULL),
-}
-
-# What every row is trained with. It is longer and slower than distcap's default, which came later.
-SCHEDULE = ["--learning-rate", "6e-4", "--steps", "400"]
-RATES = [f"--learning-rate {rate}" for rate in ("6e-4", "2e-4", "6e-5")]  # that of every row first
-WEIGHED = [
-    f"{RATES[rate]} --similarity-weight {alpha}" for rate, alpha in ((0, 0.94), (1, 0.94), (0, 0.8))
-]
-# What is tried on TUNING_SEEDS, a row's own settings first. If others find more pictures, they get
-# a row too.
-TRIED = {
-    "cosine, self-critical": RATES,
-    "cosine, self-critical + CIDEr": WEIGHED,
-    "cosine, self-critical + KL": WEIGHED,
-    "cosine, self-critical + grammar": WEIGHED,
-    "cosine, self-critical + discriminator": WEIGHED,
-    "cosine, similar images": RATES[:2],
-    "cosine, group of 4": RATES[:2],
-    "Eq. 6, text-to-image": RATES,
-    "Eq. 6, both": RATES,
-    "Eq. 6, both + discriminator": WEIGHED,
-    FULL: [f"--similarity-weight {alpha}" for alpha in (0.99, 0.94, 0.97, 0.98)],
-    "Eq. 6, both + ground truth": ["--regularizer none"],  # what alpha tends to, for comparison
-}
-TUNING_SEEDS = (100, 101)  # other worlds than the table's: scenes, pictures, CLIP and start
+DISCRIMINATORS = {"plain": "discriminator", "paced": "paced"}
+REGULARIZERS = {
+    "CIDEr": "cider", "KL": "kl", "grammar": "grammar",
+    "discriminator": "discriminator", "paced discriminator": "paced",
+}  # fmt: skip
 
 
-def best_tried(row: str, tried: dict[str, list[float]]) -> str:
-    """The flags that did best in mean oracle R@1: the row's own, unless others are better by a
-    picture in a hundred."""
-    own = TRIED[row][0]
-    best = max(tried, key=lambda flags: statistics.fmean(tried[flags]))
-    gain = statistics.fmean(tried[best]) - statistics.fmean(tried[own])
-    return best if gain >= 0.01 else own
+def regularizer_flags(kind: str) -> str:
+    """The flags of a regularizer, for any recipe. The paced discriminator takes five steps."""
+    steps = {"paced": 5, "discriminator": 1, "grammar": 1}
+    return f"--regularizer {kind}" + (
+        f" --discriminator-steps {steps[kind]}" if kind in steps else ""
+    )
 
 
-def add_tuned_rows(tuning: dict[str, dict[str, list[float]]]) -> None:
-    """Give each row that did better with other settings a second row, "tuned". It stands against a
-    row that is tuned as well, where there is one."""
-    better = {}
-    for row, tried in tuning.items():
-        best = best_tried(row, tried)
-        if best != TRIED[row][0]:
-            better[row] = best
-    for row, best in better.items():
-        flags, against = ROWS[row]
-        if against in better:
-            against = f"{against}, tuned"
-        ROWS[f"{row}, tuned"] = (f"{flags} {best}".strip(), against)
+def make_rows() -> dict[str, tuple[str, str | None]]:
+    """Of each row its flags, and the row that it stands against."""
+    weight = distcap.TOY["ground_truth_weight"]
+    rows = {
+        START: ("", None),
+        RERANKED: ("", START),
+        HUMAN: ("--recipe ground-truth", START),
+        "CIDEr, self-critical": ("--recipe scst", START),
+        "cosine, no baseline": ("--recipe no-baseline", START),
+        COSINE: ("--recipe clip-scst", START),
+    }
+    for name, kind in REGULARIZERS.items():
+        recipe = f"clip-scst-{kind}"
+        recipe = recipe if recipe in distcap.RECIPES else "clip-scst"
+        rows[f"{COSINE} + {name}"] = (f"--recipe {recipe} {regularizer_flags(kind)}", COSINE)
+    rows |= {
+        f"{COSINE} + ground truth": (f"--recipe clip-scst --ground-truth-weight {weight}", COSINE),
+        "cosine, similar images": ("--recipe similar-images", COSINE),
+        "cosine, group of 4": ("--recipe group", COSINE),
+        "Eq. 6, image-to-text": (f"{ALONE} --direction image-to-text", BOTH),
+        "Eq. 6, text-to-image": ("--recipe retrieval", BOTH),
+        BOTH: (ALONE, COSINE),
+    }
+    for name, kind in REGULARIZERS.items():
+        rows[f"{BOTH} + {name}"] = (f"{regularizer_flags(kind)} --ground-truth-weight 0", BOTH)
+    rows |= {FULL: ("", BOTH), f"{FULL}, no discriminator": ("--regularizer none", FULL)}
+    for name, kind in DISCRIMINATORS.items():
+        if kind != DEFAULT.regularizer:
+            rows[f"{FULL}, {name} discriminator"] = (regularizer_flags(kind), FULL)
+    rows |= {
+        f"{FULL}, image-to-text": ("--direction image-to-text", FULL),
+        f"{FULL}, text-to-image": ("--direction text-to-image", FULL),
+        f"{FULL}, log p by caption length": ("--length-normalizer caption", FULL),
+        f"{FULL}, hard negatives": ("--neighbours 10", FULL),
+    }
+    return rows
 
 
-add_tuned_rows(json.loads(TUNING.read_text()) if TUNING.exists() else {})
-
-COLUMNS = {
-    "text_to_image_R@1": "text-to-image R@1",
-    "image_to_text_R@1": "image-to-text R@1",
-    "judge_R@1": "R@1 by a judge",
-    "look_alikes_R@1": "R@1 among look-alikes",
-    "oracle_R@1": "oracle R@1",
-    "well_formed": "well-formed",
-    "faithful": "faithful",
-    "cider": "CIDEr",
-    "bleu_4": "BLEU-4",
-    "mean_length": "words",
-    "distinct": "distinct",
-    "discriminator": "discriminator accuracy",
-}
-COMPARED = ("oracle_R@1", "text_to_image_R@1", "well_formed")  # their differences are told
-HEADLINE = (  # what the README of the project shows
-    START,
-    RERANKED,
-    "cosine, self-critical",
-    "cosine, self-critical, tuned",
-    FULL,
+ROWS = make_rows()
+# These get alpha, the weight of the similarity, from tuning.json.
+TUNED = [f"{row} + {name}" for row in (COSINE, BOTH) for name in REGULARIZERS]
+WORLD_ROWS = (START, COSINE, HUMAN, BOTH, FULL)
+UNDONE = (
+    "not centred",
+    "negative ground truth not clamped",
+    "beam search for a sample",
+    "greedy captions out of the pool",
 )
+
+TUNING_SEEDS = (100, 101)  # other worlds than the tables': scenes, pictures, CLIP and start
+# How wide a regularizer's share of the reward spreads, in units of that of the similarity.
+RHO = {"1/3": 1 / 3, "1": 1.0, "3": 3.0}
+FASTER, LONGER, SLOWER = "3 x the learning rate", "3 x the steps", "1/3 of the learning rate"
 
 
 # ---- Departures from the authors' scripts, undone ------------------------------------------------
@@ -190,194 +160,514 @@ def compete_without_greedy(learner, rollout, batch) -> torch.Tensor:
     return torch.cat([rewards, rewards.new_zeros(greedy_count)])
 
 
-def departures() -> dict[str, tuple]:
-    """Of each row that undoes a departure: the owner, the name, and what takes its place."""
-    learner = distcap.Learner
-    rows = {
+def undone(departure: str) -> contextlib.AbstractContextManager:
+    """Within it, distcap does not depart from the authors' scripts in this. "" is no departure."""
+    patches = {
         "not centred": (distcap, "centred_advantages", keep_rewards),
         "negative ground truth not clamped": (distcap, "ground_truth_loss", distcap.reinforce_loss),
         "beam search for a sample": (distcap.Captioner, "sample_and_greedy", search_instead),
-        "greedy captions out of the pool": (learner, "similarity_rewards", compete_without_greedy),
+        "greedy captions out of the pool": (
+            distcap.Learner,
+            "similarity_rewards",
+            compete_without_greedy,
+        ),
     }
-    return {f"the full method, {name}": patch for name, patch in rows.items()}
+    return mock.patch.object(*patches[departure]) if departure else contextlib.nullcontext()
 
 
-def patched(row: str) -> contextlib.AbstractContextManager:
-    """The patch of a row that undoes a departure; for any other row, nothing."""
-    patch = departures().get(row)
-    return mock.patch.object(*patch) if patch else contextlib.nullcontext()
+# ---- What a run is watched for -------------------------------------------------------------------
+def ranking(scores: torch.Tensor, captions: list[str]) -> dict[str, float]:
+    """Of the samples of one step: how many there are and are ill-formed, how many pairs of a
+    well-formed and an ill-formed one, and in how many the well-formed one scores higher."""
+    well = torch.tensor([distcap.parse(caption) is not None for caption in captions])
+    gaps = scores[well][:, None] - scores[~well]
+    won = (gaps > 0).sum().item() + (gaps == 0).sum().item() / 2
+    return dict(count=len(well), ill=(~well).sum().item(), pairs=gaps.numel(), won=won)
+
+
+@contextlib.contextmanager
+def watched(folder: Path) -> Iterator[None]:
+    """Within it, a regularizer with a network leaves in discriminator.json how it ranked the
+    samples of each step, before it learned from them."""
+    steps: list[dict] = []
+    make = distcap.make_regularizer
+
+    def make_watched(learner, references):
+        regularizer = make(learner, references)
+        score, last = regularizer.score, [None]
+
+        def watch(rollout, batch):
+            found = score(rollout, batch)
+            if rollout is not last[0]:  # further updates score the same pool again
+                last[0] = rollout
+                count = rollout.sizes[0]
+                steps.append(ranking(found[0][:count], rollout.captions[:count]))
+            return found
+
+        if not isinstance(regularizer.network, torch.nn.Identity):
+            regularizer.score = watch
+        return regularizer
+
+    with mock.patch.object(distcap, "make_regularizer", make_watched):
+        yield
+    if steps:
+        distcap.write_text(folder / "discriminator.json", json.dumps(steps))
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
-def few_pictures(quick: bool) -> list[str]:
-    """Flags of the toy world's size."""
-    return "--train-size 200 --test-size 30".split() if quick else []
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Something to be made in a process: a start, a judge, or the run of a row."""
+
+    part: str
+    row: str
+    seed: int
+    out: Path
+    flags: str = ""
+    departure: str = ""
+    quick: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where it leaves what it makes."""
+        name = re.sub(r"\W+", "-", f"seed{self.seed} {self.row}").strip("-")
+        return self.out / self.part / name
+
+    @property
+    def start(self) -> Path:
+        """The folder of what it continues from."""
+        part = "world" if self.part == "world" else "starts"
+        return Task(part, START, self.seed, self.out).folder
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is made, with these very flags."""
+        path = self.folder / "run.json"
+        return path.exists() and json.loads(path.read_text())["flags"] == self.flags
 
 
-def start_flags(quick: bool) -> list[str]:
-    """The flags of what every row of a seed continues from."""
-    few_steps = "--clip-steps 10 --tf-steps 10".split() if quick else []
-    return ["--objective", "tf", *few_pictures(quick), *few_steps]
+JUDGE = "judge"
 
 
-def row_flags(row: str, start: Path, quick: bool = False, tried: str = "") -> list[str]:
-    """The flags of a row, with its own and those that are `tried`."""
-    models = ["--captioner", str(start), "--clip", str(start), "--tf-steps", "0"]
-    models += [*SCHEDULE, *(["--steps", "2"] if quick else [])]
-    return [*models, *few_pictures(quick), *ROWS[row][0].split(), *tried.split()]
+def size_flags(quick: bool) -> list[str]:
+    """Flags that make everything small."""
+    small = "--train-size 200 --test-size 30 --clip-steps 10 --steps 2"
+    return small.split() if quick else []
 
 
-def train(folder: Path, seed: int, flags: list[str]) -> None:
-    """A run of `distcap train`, unless it is finished already."""
-    if (folder / "results.json").exists():
-        return
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-    command = ["train", "--seed", str(seed), "--out", str(folder), "--device", "cpu", *flags]
+def train(task: Task, flags: list[str]) -> None:
+    """A run of `distcap train`."""
+    command = ["train", "--seed", str(task.seed), "--out", str(task.folder), "--device", "cpu"]
     with contextlib.redirect_stdout(io.StringIO()):
-        status = distcap.main(command)
-    assert status == 0, f"{folder}: exit {status}"
+        status = distcap.main([*command, *flags])
+    assert status == 0, f"{task.folder}: exit {status}"
 
 
-def train_start(seed: int, out: Path, quick: bool) -> Path:
-    """The run that every row of a seed continues from."""
+def train_start(task: Task) -> None:
+    """What every row of a seed continues from."""
+    flags = [flag for flag in size_flags(task.quick) if flag not in ("--steps", "2")]
+    train(task, ["--objective", "tf", *flags, *(["--tf-steps", "10"] if task.quick else [])])
+
+
+def make_judge(task: Task) -> None:
+    """A CLIP that rewards nothing: another seed, twice the width of the one that does. With it, its
+    embeddings of the test pictures."""
+    values = distcap.TOY | dict(seed=task.seed + 1000, device="cpu")
+    if task.quick:
+        values |= dict(clip_steps=10, train_size=200)
+    config = distcap.TrainConfig(**values)
+    examples, _ = distcap.toy_world(config.seed, config.train_size, 0)
+    task.folder.mkdir(parents=True)
+    judge = distcap.toy_clip(task.folder, examples, config, distcap.Run(), width=192)
+    test = distcap.read_examples(str(task.start / "test"))
+    torch.save(judge.embed_images([each.image for each in test]), task.folder / "images.pt")
+
+
+def rerank(task: Task) -> None:
+    """No training: the best of 8 samples, by `distcap caption` with all test pictures."""
+    task.folder.mkdir(parents=True)
+    captions, test = task.folder / "captions.jsonl", task.start / "test"
+    command = f"caption {test} --captioner {task.start} --samples 8 --rerank --quiet --workers 0"
+    status = distcap.main(
+        [*command.split(), "--seed", str(task.seed), "--device", "cpu", "--out", str(captions)]
+    )
+    assert status == 0, f"{task.folder}: exit {status}"
+    examples = distcap.read_examples(str(test))
+    written = distcap.read_captions(captions, examples)
+    clip = distcap.CLIP.load(str(task.start))
+    images = clip.embed_images([example.image for example in examples])
+    results = {"after": distcap.evaluate(written, examples, images, clip)}
+    distcap.write_text(task.folder / "results.json", json.dumps(results))
+    distcap.write_text(task.folder / "captions.json", distcap.coco_results(examples, written))
+
+
+def train_row(task: Task) -> None:
+    """The run of a row, of which little is kept."""
+    models = ["--captioner", str(task.start), "--clip", str(task.start), "--tf-steps", "0"]
+    small = [flag for flag in size_flags(task.quick) if flag not in ("--clip-steps", "10")]
+    with undone(task.departure), watched(task.folder):
+        train(task, [*models, *small, *task.flags.split()])
+    for name in ("captioner", "test", "validation"):
+        shutil.rmtree(task.folder / name)
+    (task.folder / "report.html").unlink()
+
+
+def judged(task: Task) -> float:
+    """Text-to-image R@1 by the judge. The judge's own is that of the start."""
+    folder = Task("starts", JUDGE, task.seed, task.out).folder
+    written = task.start if task.row == JUDGE else task.folder
+    captions = json.loads((written / "captions.json").read_text())
+    embeddings = distcap.CLIP.load(str(folder)).embed_captions([c["caption"] for c in captions])
+    images = torch.load(folder / "images.pt", weights_only=True)
+    return distcap.retrieval(embeddings, images)["text_to_image_R@1"]
+
+
+def make(task: Task) -> Task:
+    """Make it anew: in a process of the pool."""
     torch.set_num_threads(1)
-    folder = out / f"seed{seed}-start"
-    train(folder, seed, start_flags(quick))
-    return folder
+    started = time.process_time()
+    shutil.rmtree(task.folder, ignore_errors=True)  # what an interrupted run left
+    makers = {START: train_start, JUDGE: make_judge, RERANKED: rerank}
+    world = second_world.installed() if task.part == "world" else contextlib.nullcontext()
+    with world, contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            makers.get(task.row, train_row)(task)
+            found = {"flags": task.flags}
+            if task.part in ("main", "departures") or task.row == JUDGE:
+                found["judge_R@1"] = judged(task)
+        except BaseException:
+            print(errors.getvalue()[-2000:], file=sys.__stderr__, flush=True)
+            raise
+    found["seconds"] = time.process_time() - started
+    distcap.write_text(task.folder / "run.json", json.dumps(found))
+    return task
 
 
-def train_row(row: str, seed: int, start: Path, quick: bool, tried: str = "") -> Path:
-    """The run of a row."""
-    name = re.sub(r"\W+", "-", f"{row} {tried}").strip("-")
-    folder = start.with_name(f"seed{seed}-{name}")
-    with patched(row):
-        train(folder, seed, row_flags(row, start, quick, tried))
-    return folder
+def end_with_parent() -> None:
+    """In a process of the pool: end when the command ends, however it does."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
-def tune_seed(seed: int, out: Path, quick: bool) -> dict[str, dict[str, float]]:
-    """Oracle R@1 of everything that is tried, on one seed."""
-    start = train_start(seed, out, quick)
-    found = {}
-    for row, settings in TRIED.items():
-        found[row] = {}
-        for flags in settings:
-            folder = train_row(row, seed, start, quick, flags)
-            results = json.loads((folder / "results.json").read_text())
-            found[row][flags] = results["after"]["oracle_R@1"]
-            print(f"seed {seed}: {row} {flags}: oracle R@1 {found[row][flags]:.2f}", flush=True)
-    return found
+def make_all(pool: ProcessPoolExecutor, tasks: Iterable[Task]) -> list[str]:
+    """Make what is not finished, and tell. Returns what failed; the rest is made all the same."""
+    waiting = {pool.submit(make, task): task for task in tasks if not task.finished}
+    failures = []
+    for number, done in enumerate(as_completed(waiting), 1):
+        task, found = waiting[done], "done"
+        if done.exception():
+            failures.append(f"{task.folder}: {done.exception()!r}")
+            found = "failed"
+        elif (task.folder / "results.json").exists():
+            found = f"oracle R@1 {values(task)['oracle_R@1']:.2f}"
+        where = f"{task.part} {number}/{len(waiting)}, seed {task.seed}"
+        print(f"{time.strftime('%X')} {where}: {task.row} {task.flags}: {found}", flush=True)
+    return failures
 
 
-def make_judge(folder: Path, seed: int, quick: bool) -> distcap.CLIP:
-    """A CLIP that rewards nothing: another seed, twice the width of the one that does."""
-    if not (folder / "open_clip_model.safetensors").exists():
-        values = distcap.TOY | dict(seed=seed + 1000, device="cpu")
-        if quick:
-            values |= dict(clip_steps=10, train_size=200)
-        config = distcap.TrainConfig(**values)
-        examples, _ = distcap.toy_world(config.seed, config.train_size, 0)
-        distcap.toy_clip(folder, examples, config, distcap.Run(), width=192)
-    return distcap.CLIP.load(str(folder))
+# ---- What is made --------------------------------------------------------------------------------
+class Plan:
+    """The tasks of each part."""
+
+    def __init__(self, out: Path, seeds: int, quick: bool) -> None:
+        self.out, self.quick = out, quick
+        self.seeds = range(seeds)
+        self.few_seeds = range(min(seeds, 3))
+        self.tuning_seeds = TUNING_SEEDS[:1] if quick else TUNING_SEEDS
+
+    def task(self, part: str, row: str, seed: int, flags: str = "", **more) -> Task:
+        """A task; its flags in a form that does not depend on spaces."""
+        flags = " ".join(flags.split())
+        return Task(part, row, seed, self.out, flags, quick=self.quick, **more)
+
+    def starts(self, parts: Iterable[str]) -> list[Task]:
+        """What has to be there before these parts."""
+        parts = set(parts)
+        tasks = []
+        if "tune" in parts:
+            tasks += [self.task("starts", START, seed) for seed in self.tuning_seeds]
+        if parts & {"main", "departures", "robustness"}:
+            tasks += [self.task("starts", START, seed) for seed in self.seeds]
+        if "world" in parts:
+            tasks += [self.task("world", START, seed) for seed in self.few_seeds]
+        return tasks
+
+    def judges(self, parts: Iterable[str]) -> list[Task]:
+        """The judges that these parts need."""
+        needed = {"main", "departures"} & set(parts)
+        return [self.task("starts", JUDGE, seed) for seed in self.seeds] if needed else []
+
+    def spreads(self) -> dict[str, Task]:
+        """Of each row that is tuned, a short run in which the spreads are measured."""
+        steps = "" if self.quick else "--steps 60"
+        tasks = {}
+        for row in TUNED:
+            flags = f"{ROWS[row][0]} --similarity-weight 0.94 {steps}"
+            tasks[row] = self.task("spread", row, TUNING_SEEDS[0], flags)
+        return tasks
+
+    def tuning(self) -> dict[tuple[str, str], list[Task]]:
+        """Of each row that is tuned and each rho, a run on each of the tuning seeds."""
+        tasks = {}
+        for row, measured in self.spreads().items():
+            for name in ["1"] if self.quick else RHO:
+                alpha = equal_spread(*spreads(measured), RHO[name])
+                flags = f"{ROWS[row][0]} --similarity-weight {alpha}"
+                label = f"{row}, rho {name}"
+                tasks[row, name] = [
+                    self.task("tune", label, seed, flags) for seed in self.tuning_seeds
+                ]
+        return tasks
+
+    def rows(self, alphas: dict[str, float]) -> dict[str, list[Task]]:
+        """The main table."""
+        tasks = {}
+        for row, (flags, _) in ROWS.items():
+            if row in alphas:
+                flags = f"{flags} --similarity-weight {alphas[row]}"
+            part = "starts" if row == START else "main"
+            tasks[row] = [self.task(part, row, seed, flags) for seed in self.seeds]
+        return tasks
+
+    def departures(self) -> dict[str, list[Task]]:
+        """The full method with one departure undone."""
+        flags = ROWS[FULL][0]
+        return {
+            f"{FULL}, {name}": [
+                self.task("departures", f"{FULL}, {name}", seed, flags, departure=name)
+                for seed in self.seeds
+            ]
+            for name in UNDONE
+        }
+
+    def robustness(self, alphas: dict[str, float]) -> dict[str, list[Task]]:
+        """A few rows at other rates, and for longer."""
+        rate = distcap.TOY["learning_rate"]
+        steps = 2 if self.quick else distcap.TOY["steps"]
+        changes = {FASTER: f"--learning-rate {3 * rate:g}", LONGER: f"--steps {3 * steps}"}
+        rows = self.rows(alphas)
+        tasks = {}
+        for row in (FULL, HUMAN, self.best_rival(rows), COSINE):
+            slower = {SLOWER: f"--learning-rate {rate / 3:.2g}"} if row == COSINE else {}
+            for name, change in (changes | slower).items():
+                label, flags = f"{row}; {name}", f"{rows[row][0].flags} {change}"
+                tasks[label] = [
+                    self.task("robustness", label, seed, flags) for seed in self.few_seeds
+                ]
+        return tasks
+
+    def best_rival(self, rows: dict[str, list[Task]]) -> str:
+        """The row without human trajectories that finds most, on the first three seeds."""
+        found = {}
+        for row, tasks in rows.items():
+            flags = ["train", "--device", "cpu", *tasks[0].flags.split()]
+            weight = distcap.parse_arguments(flags)[1].ground_truth_weight
+            if weight == 0 and row not in (START, RERANKED, COSINE):
+                few = [task for task in tasks[: len(self.few_seeds)] if task.finished]
+                found[row] = sum(values(task)["oracle_R@1"] for task in few)
+        return max(found, key=found.get)
+
+    def world(self) -> dict[str, list[Task]]:
+        """The main claims in another world."""
+        return {
+            row: [self.task("world", row, seed, ROWS[row][0]) for seed in self.few_seeds]
+            for row in WORLD_ROWS
+        }
+
+
+def flat(tasks: dict[str, list[Task]]) -> list[Task]:
+    """The tasks of a table, seed by seed."""
+    return [task for seed in zip(*tasks.values()) for task in seed]
+
+
+# ---- Tuning --------------------------------------------------------------------------------------
+def read_log(folder: Path) -> list[dict]:
+    """The steps of reinforcement learning, and what validation found in between."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if line["stage"] == "rl"]
+
+
+def spreads(task: Task) -> tuple[float, float]:
+    """How widely r_sim and r_reg spread over a batch's samples: medians over the first 50 steps."""
+    steps = [step for step in read_log(task.folder) if "similarity_spread" in step][:50]
+    names = ("similarity_spread", "regularizer_spread")
+    return tuple(statistics.median(step[name] for step in steps) for name in names)
+
+
+def equal_spread(similarity: float, regularizer: float, rho: float) -> float:
+    """The alpha with which the regularizer's share of the reward spreads `rho` times as widely as
+    that of the similarity: (1 - alpha) regularizer = rho alpha similarity. 1 - alpha has two
+    digits."""
+    share = rho * similarity / (regularizer + rho * similarity)
+    return round(1 - float(f"{share:.2g}"), 8)
+
+
+def best_rho(tried: dict[str, list[float]]) -> str:
+    """What did best in mean oracle R@1: 1, unless another is better by a picture in a hundred."""
+    means = {name: statistics.fmean(found) for name, found in tried.items()}
+    best = max(means, key=means.get)
+    return best if means[best] >= means["1"] + 0.01 else "1"
+
+
+def tuned(plan: Plan) -> dict[str, dict]:
+    """What tuning.json holds: of each row its spreads, what was tried, and what was taken."""
+    rows: dict[str, dict] = {}
+    for row, task in plan.spreads().items():
+        similarity, regularizer = rounded(spreads(task))
+        rows[row] = {"similarity_spread": similarity, "regularizer_spread": regularizer}
+        rows[row] |= {"alpha": {}, "oracle_R@1": {}}
+    for (row, name), tasks in plan.tuning().items():
+        found = rounded(values(task)["oracle_R@1"] for task in tasks)
+        rows[row]["alpha"][name] = float(tasks[0].flags.split()[-1])
+        rows[row]["oracle_R@1"][name] = found
+    for row in rows.values():
+        row["best"] = best_rho(row["oracle_R@1"])
+    return rows
+
+
+def alphas(tuning: dict[str, dict]) -> dict[str, float]:
+    """The alpha of each row that was tuned."""
+    return {row: found["alpha"][found["best"]] for row, found in tuning.items()}
 
 
 # ---- Measures ------------------------------------------------------------------------------------
-def write_captions(
-    folder: Path, seed: int, examples: list[distcap.Example], clip: distcap.CLIP | None
-) -> list[str]:
-    """The captions of the test pictures: greedy, or with a `clip` the best of 8 samples."""
-    captioner = distcap.Captioner.load(str(folder))
-    settings = dict(seed=seed, batch_size=64, workers=0, device="cpu", rerank=bool(clip))
-    config = distcap.CaptionConfig(**settings)
-    longest = distcap.TrainConfig.max_length
-
-    def write(features: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        if not clip:
-            return captioner.greedy(features, longest)
-        drawing = dict(count=8, temperature=config.temperature, seed=seed)
-        return distcap.sample_by_picture(captioner, features, pixels, longest, **drawing)
-
-    images = [example.image for example in examples]
-    found = distcap.write_captions(captioner, images, config, write, clip)
-    return ["".join(written.captions[:1]) for written in found]
+COLUMNS = {
+    "text_to_image_R@1": "text-to-image R@1",
+    "judge_R@1": "R@1 by a judge",
+    "oracle_R@1": "oracle R@1",
+    "well_formed": "well-formed",
+    "faithful": "faithful",
+    "cider": "CIDEr",
+    "mean_length": "words",
+    "distinct": "distinct",
+    "accuracy": "accuracy of D",
+    "auc": "AUC of D",
+    "end": "ends",
+}
+KEPT = (*COLUMNS, "image_to_text_R@1", "bleu_4", "cracked", "seconds")  # what claims.json holds
+FALL = 0.1  # more of the captions than this must have turned false to speak of hacking
 
 
-def look_alikes(captions: torch.Tensor, images: torch.Tensor, count: int = 9) -> float:
-    """Share of captions that are nearer to their own image than to each of the `count` images most
-    similar to it: (N, D), (N, D)."""
-    count = min(count, len(images) - 1)
-    near = distcap.nearest_images(images, torch.arange(len(images)), count)  # (N, count)
-    others = torch.einsum("nd,ncd->nc", captions, images[near]).max(dim=1).values
-    right = distcap.similarity_reward(captions, images) > others + 1e-6
-    return right.float().mean().item()
+def rewards(steps: list[dict], count: int = 25) -> tuple[float, float]:
+    """The samples' mean reward in the first and in the last steps."""
+    found = [step["reward"] for step in steps if step.get("reward") is not None]
+    return statistics.fmean(found[:count]), statistics.fmean(found[-count:])
 
 
-def discriminator_accuracy(folder: Path, last: int = 50) -> float | None:
-    """Share of captions, sampled or human, that the discriminator told rightly in the last steps;
-    None for a run without a discriminator."""
-    steps = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    values = [step.get("discriminator_accuracy") for step in steps]
-    values = [value for value in values if value is not None]
-    return statistics.fmean(values[-last:]) if values else None
+def end(folder: Path, results: dict) -> str:
+    """Where training led: "hacked" if the reward rose and the captions turned false, "no words" if
+    most captions have none, "spoilt" if they turned false though the reward did not rise, or ""."""
+    captions = json.loads((folder / "captions.json").read_text())
+    if sum(not each["caption"].split() for each in captions) > len(captions) / 2:
+        return "no words"
+    if results["before"]["faithful"] - results["after"]["faithful"] <= FALL:
+        return ""
+    first, last = rewards(read_log(folder))
+    return "hacked" if last > first else "spoilt"
 
 
-def measure_seed(seed: int, out: Path, quick: bool) -> dict[str, dict[str, float | None]]:
-    """For each row its measures on this seed."""
-    start = train_start(seed, out, quick)
-    examples = distcap.read_examples(str(start / "test"))
-    pictures = [example.image for example in examples]
-    clip = distcap.CLIP.load(str(start))
-    judge = make_judge(out / f"seed{seed}-judge", seed, quick)
-    images = clip.embed_images(pictures)
-    judged_images = judge.embed_images(pictures)
-    measured = {}
-    for row in ROWS:
-        folder = start if row in (START, RERANKED) else train_row(row, seed, start, quick)
-        saved = folder / ("reranked.json" if row == RERANKED else "measured.json")
-        if not saved.exists():
-            captions = write_captions(folder, seed, examples, clip if row == RERANKED else None)
-            found = distcap.evaluate(captions, examples, images, clip)
-            judged = judge.embed_captions(captions)
-            found["judge_R@1"] = distcap.retrieval(judged, judged_images)["text_to_image_R@1"]
-            found["look_alikes_R@1"] = look_alikes(judged, judged_images)
-            found["discriminator"] = discriminator_accuracy(folder)
-            distcap.write_text(saved, json.dumps(found | {"captions": captions}))
-        measured[row] = json.loads(saved.read_text())
-        print(f"seed {seed}: {row}: oracle R@1 {measured[row]['oracle_R@1']:.2f}", flush=True)
-    return measured
+def cracked(folder: Path) -> str:
+    """What went first by the validation pictures, if anything did by more than FALL: "grammar"
+    (ill-formed captions) or "truth" (well-formed ones that are false)."""
+    for step in read_log(folder):
+        if found := step.get("validation"):
+            broken = {
+                "grammar": 1 - found["well_formed"],
+                "truth": found["well_formed"] - found["faithful"],
+            }
+            worst = max(broken, key=broken.get)
+            if broken[worst] > FALL:
+                return worst
+    return ""
+
+
+def accuracy(folder: Path, last: int = 50) -> float | None:
+    """Share of captions that a run's discriminator, or grammar score, told rightly in the last
+    steps; None for a run without one."""
+    found = []
+    for step in read_log(folder):
+        found += [step[name] for name in step if name.endswith("_accuracy")]
+    found = [value for value in found if value is not None]
+    return statistics.fmean(found[-last:]) if found else None
+
+
+def auc(steps: list[dict], window: int = 10) -> float | None:
+    """How often a well-formed sample scored higher than an ill-formed one of the same step, before
+    the collapse: the first step at which half of the samples of the last ten are ill-formed. None
+    if there were fewer than 100 ill-formed samples until then."""
+    for number in range(len(steps)):
+        recent = steps[max(0, number + 1 - window) : number + 1]
+        ill, count = (sum(step[name] for step in recent) for name in ("ill", "count"))
+        if len(recent) == window and 2 * ill >= count:
+            steps = steps[:number]
+            break
+    ill, pairs, won = (sum(step[name] for step in steps) for name in ("ill", "pairs", "won"))
+    return won / pairs if ill >= 100 and pairs else None
+
+
+def values(task: Task) -> dict[str, float | str | None]:
+    """All that is known of a run."""
+    results = json.loads((task.folder / "results.json").read_text())
+    found = dict.fromkeys(KEPT) | results["after"]
+    found |= json.loads((task.folder / "run.json").read_text())
+    judge = Task("starts", JUDGE, task.seed, task.out).folder / "run.json"
+    if task.row == START and task.part == "starts" and judge.exists():
+        found["judge_R@1"] = json.loads(judge.read_text())["judge_R@1"]
+    if task.row not in (START, RERANKED):
+        found |= {"end": end(task.folder, results), "cracked": cracked(task.folder)}
+        found["accuracy"] = accuracy(task.folder)
+        path = task.folder / "discriminator.json"
+        found["auc"] = auc(json.loads(path.read_text())) if path.exists() else None
+    return {name: found[name] for name in KEPT}
+
+
+def rounded(found: Iterable) -> list:
+    """Numbers to six digits, as the files hold them; anything else as it is."""
+    return [round(value, 6) if isinstance(value, float) else value for value in found]
+
+
+def summary(plan: Plan, alphas: dict[str, float]) -> dict[str, dict[str, dict]]:
+    """What claims.json holds: of each table each row's values, on each seed that is complete."""
+    tables = {
+        "main": plan.rows(alphas),
+        "departures": plan.departures(),
+        "robustness": plan.robustness(alphas),
+        "world": plan.world(),
+    }
+    found = {}
+    for part, rows in tables.items():
+        found[part] = {}
+        seeds = [seed for seed in zip(*rows.values()) if all(task.finished for task in seed)]
+        for number, row in enumerate(rows if seeds else ()):
+            each = [values(seed[number]) for seed in seeds]
+            columns = {name: rounded(one[name] for one in each) for name in KEPT}
+            columns["seed"] = [seed[number].seed for seed in seeds]
+            found[part][row] = {"flags": rows[row][0].flags} | columns
+    return found
 
 
 # ---- Tables --------------------------------------------------------------------------------------
+COMPARED = ("oracle_R@1", "text_to_image_R@1", "well_formed", "faithful")  # differences are told
 # 97.5 % of Student's t lie below these, for 2 to 10 seeds.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def rounded(values: Iterable[float | None]) -> list[float | None]:
-    """To six decimals, as the files hold them."""
-    return [None if value is None else round(value, 6) for value in values]
+def line_by_line(tables: dict[str, dict[str, dict]]) -> str:
+    """JSON with a line for each row of each table."""
+    parts = []
+    for name, rows in tables.items():
+        lines = [f"{json.dumps(row)}: {json.dumps(columns)}" for row, columns in rows.items()]
+        parts.append(f"{json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def summary(seeds: list[dict[str, dict]]) -> dict[str, dict]:
-    """What claims.json holds: of each row every column's value on each seed, and the row that it
-    stands against."""
-    rows = {}
-    for row, (_, against) in ROWS.items():
-        rows[row] = {column: rounded(each[row][column] for each in seeds) for column in COLUMNS}
-        if against:
-            rows[row]["against"] = against
-    return rows
-
-
-def line_by_line(rows: dict[str, dict]) -> str:
-    """JSON with a line for each row."""
-    lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def gaps(rows: dict[str, dict], row: str, column: str) -> list[float]:
-    """On each seed, a row's value less that of the row that it stands against."""
-    others = rows[rows[row]["against"]][column]
-    return [own - other for own, other in zip(rows[row][column], others)]
+def gaps(own: list[float], other: list[float]) -> list[float]:
+    """What a row has more than another, on each seed."""
+    return [value - against for value, against in zip(own, other)]
 
 
 def interval(values: list[float]) -> float | None:
@@ -398,103 +688,287 @@ def difference(values: list[float]) -> str:
     return f"{mean:+.2f}{spread} ({more} : {less})"
 
 
-def markdown(rows: dict[str, dict], chosen=tuple(ROWS), columns=tuple(COLUMNS)) -> str:
-    """Mean ± standard deviation over the seeds, a line for each row."""
-    headings = " | ".join(COLUMNS[name] for name in columns)
-    lines = [f"| | {headings} |", "|---|" + "---|" * len(columns)]
-    for row in chosen:
-        cells = []
-        for name in columns:
-            values = rows[row][name]
-            if None in values:
-                cells.append("-")
-                continue
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.2f}{spread}")
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+def cell(name: str, found: list) -> str:
+    """Mean ± standard deviation over the seeds. Where a share is near 0 or near 1 on each seed, but
+    not the same on all, on how many it is near 1. Of words, on how many seeds each was said."""
+    if name in ("end", "cracked"):
+        counts = {word: found.count(word) for word in dict.fromkeys(found) if word}
+        return ", ".join(f"{word} {count}/{len(found)}" for word, count in counts.items()) or "-"
+    found = [value for value in found if value is not None]
+    if not found:
+        return "-"
+    mean = statistics.fmean(found)
+    spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+    extreme = all(min(value, 1 - value) <= 0.05 for value in found)
+    if name in ("well_formed", "faithful", "oracle_R@1") and extreme and 0.1 < mean < 0.9:
+        return f"{sum(value > 0.5 for value in found)} of {len(found)}"
+    return f"{mean:.2f}{spread}"
+
+
+def markdown(rows: dict[str, dict], columns: Iterable[str] = tuple(COLUMNS)) -> str:
+    """A line for each row."""
+    headings = COLUMNS | {"cracked": "what cracks first"}
+    head = " | ".join(headings[name] for name in columns)
+    lines = [f"| | {head} |", "|---|" + "---|" * len(tuple(columns))]
+    for row, found in rows.items():
+        cells = " | ".join(cell(name, found[name]) for name in columns)
+        lines.append(f"| {f'**{row}**' if row == FULL else row} | {cells} |")
     return "\n".join(lines)
 
 
-def headline(rows: dict[str, dict]) -> str:
-    """The few rows and columns that the README of the project shows."""
-    dropped = ("judge_R@1", "look_alikes_R@1", "distinct", "discriminator")
-    return markdown(rows, HEADLINE, [name for name in COLUMNS if name not in dropped])
+def against(row: str) -> str | None:
+    """The row of the main table that a row is held against."""
+    return ROWS[row][1] if row in ROWS else FULL
 
 
-def differences(rows: dict[str, dict]) -> str:
+def differences(tables: dict[str, dict[str, dict]]) -> str:
     """The differences that the claims are about, a line for each row."""
-    headings = " | ".join(COLUMNS[name] for name in COMPARED)
-    lines = [f"| | against | {headings} |", "|---|---|" + "---|" * len(COMPARED)]
-    for row, columns in rows.items():
-        if "against" in columns:
-            cells = [difference(gaps(rows, row, name)) for name in COMPARED]
-            lines.append(f"| {row} | {columns['against']} | " + " | ".join(cells) + " |")
+    head = " | ".join(COLUMNS[name] for name in COMPARED)
+    lines = [f"| | against | {head} |", "|---|---|" + "---|" * len(COMPARED)]
+    for row, found in (tables["main"] | tables["departures"]).items():
+        if (other := against(row)) and other in tables["main"]:
+            columns = tables["main"][other]
+            cells = [difference(gaps(found[name], columns[name])) for name in COMPARED]
+            lines.append(f"| {row} | {other} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def tuning(_: dict) -> str:
-    """What was tried for the rows that were tuned, a line each."""
-    seeds = " and ".join(map(str, TUNING_SEEDS))
-    lines = [f"| | tried | oracle R@1 on seeds {seeds} |", "|---|---|---|"]
-    for row, tried in json.loads(TUNING.read_text()).items():
-        best = best_tried(row, tried)
-        for flags, values in tried.items():
-            cell = f"**`{flags}`**" if flags == best else f"`{flags}`"
-            numbers = ", ".join(f"{value:.2f}" for value in values)
-            lines.append(f"| {row.strip('*')} | {cell} | {numbers} |")
-    return "\n".join(lines)
+# ---- What is read: two READMEs and a figure ------------------------------------------------------
+HEADLINE = (START, RERANKED, COSINE, BOTH, f"{BOTH} + paced discriminator", HUMAN,
+            f"{FULL}, no discriminator", FULL)  # fmt: skip
+SHORT_COLUMNS = ("text_to_image_R@1", "oracle_R@1", "well_formed", "faithful", "cider",
+                 "mean_length", "end")  # fmt: skip
+SECOND = "second world: "  # begins the names of its rows in the prose
+
+
+class Prose:
+    """What a template may call, as {mean('ground truth only', 'oracle_R@1')}: every number of the
+    text. Arguments are literals."""
+
+    def __init__(self, tables: dict[str, dict[str, dict]], tuning: dict[str, dict]) -> None:
+        self.tables, self.tuned = tables, tuning
+        self.rows = tables["main"] | tables["departures"] | tables["robustness"]
+        self.rows |= {SECOND + row: found for row, found in tables["world"].items()}
+
+    def render(self, template: str) -> str:
+        """The text with every call in braces replaced by what it returns."""
+
+        def call(found: re.Match) -> str:
+            arguments = ast.literal_eval(f"({found[2]},)") if found[2] else ()
+            return getattr(self, found[1])(*arguments)
+
+        return re.sub(r"\{([a-z_]+)\((.*?)\)\}", call, template)
+
+    def mean(self, row: str, column: str) -> str:
+        """The mean over the seeds."""
+        return f"{statistics.fmean(self.rows[row][column]):.2f}"
+
+    def each(self, row: str, column: str) -> str:
+        """The value on each seed."""
+        return ", ".join(f"{value:.2f}" for value in self.rows[row][column])
+
+    def gaps(self, row: str, column: str, other: str | None) -> list[float]:
+        """What a row has more than another, on each seed."""
+        prefix = SECOND if row.startswith(SECOND) else ""
+        other = other or prefix + (against(row.removeprefix(SECOND)) or "")
+        return gaps(self.rows[row][column], self.rows[other][column])
+
+    def diff(self, row: str, column: str, other: str | None = None) -> str:
+        """The mean difference from another row, by default that of `against`, and its interval."""
+        return difference(self.gaps(row, column, other)).rpartition(" (")[0]
+
+    def more(self, row: str, column: str, other: str | None = None) -> str:
+        """On how many seeds there is more than in the other row, by 0.005 or more."""
+        found = self.gaps(row, column, other)
+        return f"{sum(round(gap, 6) >= 0.005 for gap in found)} of {len(found)}"
+
+    def less(self, row: str, column: str, other: str | None = None) -> str:
+        """On how many seeds there is less."""
+        found = self.gaps(row, column, other)
+        return f"{sum(round(gap, 6) <= -0.005 for gap in found)} of {len(found)}"
+
+    def below(self, row: str, column: str, limit: float) -> str:
+        """On how many seeds a value is below a limit."""
+        found = self.rows[row][column]
+        return f"{sum(value < limit for value in found)} of {len(found)}"
+
+    def ends(self, row: str, word: str) -> str:
+        """On how many seeds training ends so: "hacked", "no words", "spoilt"."""
+        found = self.rows[row]["end"]
+        return f"{found.count(word)} of {len(found)}"
+
+    def cracks(self, row: str, word: str) -> str:
+        """On how many seeds this cracks first: "grammar", "truth", "" for nothing."""
+        found = self.rows[row]["cracked"]
+        return f"{found.count(word)} of {len(found)}"
+
+    def auc(self, row: str) -> str:
+        """The mean AUC over the seeds that have one, and how many do."""
+        found = [value for value in self.rows[row]["auc"] if value is not None]
+        if not found:
+            return "none"
+        return f"{statistics.fmean(found):.2f} ({len(found)} of {len(self.rows[row]['auc'])} seeds)"
+
+    def rival(self) -> str:
+        """The best rival, that is in the table of robustness."""
+        others = [row.partition(";")[0] for row in self.tables["robustness"]]
+        return next(row for row in others if row not in (FULL, HUMAN, COSINE))
+
+    def alpha(self, row: str) -> str:
+        """The weight of the similarity of a row that was tuned."""
+        return f"{self.tuned[row]['alpha'][self.tuned[row]['best']]:g}"
+
+    def spread(self, row: str) -> str:
+        """How many times as widely as the regularizer the similarity spreads in a tuned row."""
+        found = self.tuned[row]
+        return f"{found['similarity_spread'] / found['regularizer_spread']:.1f}"
+
+    def toy(self, name: str) -> str:
+        """A setting of the toy world's."""
+        return f"{distcap.TOY[name]:g}"
+
+    def generic(self) -> str:
+        """Which share of the references is generic, in percent."""
+        parameters = inspect.signature(distcap.write_references).parameters
+        return f"{100 * parameters['generic'].default:.0f}"
+
+    def generic_there(self) -> str:
+        """The same in the second world."""
+        return f"{100 * second_world.GENERIC:.0f}"
+
+    def seed_count(self) -> str:
+        """How many seeds the main table has."""
+        return str(len(self.tables["main"][FULL]["seed"]))
+
+    def row_count(self) -> str:
+        """How many rows it has."""
+        return str(len(self.tables["main"]))
+
+    def minutes(self) -> str:
+        """What all runs in the tables took, in minutes of one core."""
+        found = [row["seconds"] for rows in self.tables.values() for row in rows.values()]
+        return f"{sum(map(sum, found)) / 60:.0f}"
+
+    def table(self, part: str) -> str:
+        """A table of claims.json."""
+        columns = dict.fromkeys(COLUMNS)
+        if part == "robustness":
+            columns = ("oracle_R@1", "well_formed", "faithful", "text_to_image_R@1", "cracked")
+        elif part == "world":
+            columns = SHORT_COLUMNS
+        return markdown(self.tables[part], columns)
+
+    def headline(self) -> str:
+        """The few rows and columns that the README of the project shows."""
+        return markdown({row: self.tables["main"][row] for row in HEADLINE}, SHORT_COLUMNS)
+
+    def differences(self) -> str:
+        """The table of differences."""
+        return differences(self.tables)
+
+    def tuning(self) -> str:
+        """What was tried for the rows that were tuned."""
+        names = list(RHO)
+        head = " | ".join(f"rho = {name}" for name in names)
+        lines = [f"| | spread of the similarity, of the regularizer | {head} | alpha |"]
+        lines.append("|---|---|" + "---|" * len(names) + "---|")
+        for row, found in self.tuned.items():
+            cells = []
+            for name in names:
+                scores = ", ".join(f"{value:.2f}" for value in found["oracle_R@1"][name])
+                cells.append(f"**{scores}**" if name == found["best"] else scores)
+            both = f"{found['similarity_spread']:.3f}, {found['regularizer_spread']:.3f}"
+            lines.append(f"| {row} | {both} | {' | '.join(cells)} | {self.alpha(row)} |")
+        return "\n".join(lines)
 
 
 def figure(rows: dict[str, dict], path: Path) -> None:
-    """Oracle R@1 against reward-CLIP R@1: a row's distance below the diagonal is hacking."""
+    """Oracle R@1 against the reward CLIP's R@1. What is hacked lies far below the diagonal: CLIP
+    finds the picture, an ideal reader does not. The rows of HEADLINE have their names."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    _, axes = pyplot.subplots(figsize=(9, 0.19 * len(rows) + 0.4), layout="constrained")
-    left, bottom = 0.85, 0.91  # above and to the right of this the best rows crowd
-    corner = axes.inset_axes((0.09, 0.63, 0.25, 0.35), xlim=(left, 0.96), ylim=(bottom, 1))
-    for each in (axes, corner):
-        each.plot([0, 1], [0, 1], color="0.7", linestyle=":")
-        for number, (row, columns) in enumerate(rows.items(), 1):
-            x = statistics.fmean(columns["text_to_image_R@1"])
-            y = statistics.fmean(columns["oracle_R@1"])
-            inside = "white" if "tuned" in row else "black"
-            each.plot(x, y, "ko", markersize=4, markerfacecolor=inside)
-            if each is corner or not (x > left and y > bottom):
-                place, side = ((-4, -3), "right") if number % 2 else ((4, -3), "left")
-                style = dict(xytext=place, textcoords="offset points", fontsize=8, ha=side)
-                each.annotate(str(number), (x, y), clip_on=True, **style)
-    axes.indicate_inset_zoom(corner)
-    names = "\n".join(f"{number}  {row.strip('*')}" for number, row in enumerate(rows, 1))
-    axes.text(1.03, 1.0, names, transform=axes.transAxes, va="top", fontsize=8)
+    pyplot.rcParams.update({"font.size": 15, "axes.spines.top": False, "axes.spines.right": False})
+    _, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
+    axes.plot([0, 1], [0, 1], color="0.6", linestyle=":")
+    points = {}
+    for row, found in rows.items():
+        points[row] = [
+            statistics.fmean(found[name]) for name in ("text_to_image_R@1", "oracle_R@1")
+        ]
+        if row not in HEADLINE:
+            axes.plot(*points[row], "o", color="0.75", markersize=7)
+
+    # Names stand beside the plot, from bottom to top as the points do, but not on one another.
+    height = -0.07
+    for row in sorted(HEADLINE, key=lambda row: points[row][::-1]):
+        x, y = points[row]
+        broken = rows[row]["end"].count("hacked") > len(rows[row]["end"]) / 2
+        colour, marker = ("#d55e00", "X") if broken else ("#0072b2", "o")  # for all eyes
+        axes.plot(x, y, marker, color=colour, markersize=11, markeredgecolor="white")
+        height = max(height + 0.085, min(y, 1.02 - 0.085 * (len(HEADLINE) - 1)))
+        style = dict(arrowstyle="-", color="0.5", linewidth=0.8, shrinkB=6)
+        axes.annotate(row, (x, y), (1.06, height), va="center", color=colour, arrowprops=style)
     axes.set(xlabel="text-to-image R@1 of the CLIP that rewards", ylabel="oracle R@1")
-    axes.set(xlim=(-0.04, 1.02))
-    pyplot.savefig(path, dpi=100)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.05))
+    pyplot.savefig(path, dpi=110)
+    pyplot.close()
 
 
-PLACES = {  # where each table is read
-    headline: HERE.parents[1] / "README.md",
-    markdown: HERE / "README.md",
-    differences: HERE / "README.md",
-    tuning: HERE / "README.md",
-}
+BLOCK = re.compile(r"(<!-- claims -->\n).*(\n<!-- end of claims -->)", re.DOTALL)
 
 
-def block(make) -> re.Pattern:
-    """Finds the table of this function in a README: three groups, the second of which is it."""
-    name = make.__name__
-    return re.compile(rf"(<!-- {name} -->\n)(.*?)(\n<!-- end of {name} -->)", re.DOTALL)
+def texts(tables: dict[str, dict[str, dict]], tuning: dict[str, dict]) -> dict[Path, str]:
+    """The two READMEs as they should be: this folder's, from its template, and the project's, with
+    the other template between its marks."""
+    prose, project = Prose(tables, tuning), HERE.parents[1] / "README.md"
+    page = prose.render((HERE / "README.template.md").read_text(encoding="utf-8"))
+    part = prose.render((HERE / "headline.template.md").read_text(encoding="utf-8")).strip()
+    whole = project.read_text(encoding="utf-8")
+    whole = BLOCK.sub(lambda found: found[1] + part + found[2], whole)
+    return {HERE / "README.md": page, project: whole}
 
 
-def publish(rows: dict[str, dict], places: dict | None = None) -> None:
-    """Put the tables into the READMEs, between their marks."""
-    for make, path in (places or PLACES).items():
-        table = make(rows)
-        text = path.read_text()
-        text = block(make).sub(lambda found, table=table: found[1] + table + found[3], text)
+def publish() -> None:
+    """Write what is made of claims.json and tuning.json: the figure and the two READMEs."""
+    tables = json.loads((HERE / "claims.json").read_text())
+    tuning = json.loads((HERE / "tuning.json").read_text())["tuning"]
+    figure(tables["main"], HERE / "claims.png")
+    for path, text in texts(tables, tuning).items():
         distcap.write_text(path, text)
+
+
+# ---- The command ---------------------------------------------------------------------------------
+def read_tuning(out: Path) -> dict[str, dict]:
+    """What tuning found: in this folder, else the file beside this one, else nothing yet."""
+    for path in (out / "tuning.json", HERE / "tuning.json"):
+        if path.exists():
+            return json.loads(path.read_text())["tuning"]
+    return {}
+
+
+def train_all(plan: Plan, parts: tuple[str, ...], jobs: int) -> list[str]:
+    """Make whatever is not finished of these parts. Returns what failed."""
+    with ProcessPoolExecutor(jobs, initializer=end_with_parent) as pool:
+        make_now = functools.partial(make_all, pool)
+        failures = make_now(plan.starts(parts)) + make_now(plan.judges(parts))
+        if "tune" in parts and not failures:
+            failures += make_now(plan.spreads().values())
+            failures += make_now(itertools.chain(*plan.tuning().values()))
+            found = line_by_line({"tuning": tuned(plan)})
+            distcap.write_text(plan.out / "tuning.json", found)
+        weights = alphas(read_tuning(plan.out))
+        if "main" in parts:
+            failures += make_now(flat(plan.rows(weights)))
+        if "departures" in parts:
+            failures += make_now(flat(plan.departures()))
+        if "robustness" in parts:
+            failures += make_now(flat(plan.robustness(weights)))
+        if "world" in parts:
+            failures += make_now(flat(plan.world()))
+    return failures
 
 
 def main() -> None:
@@ -504,31 +978,33 @@ def main() -> None:
     )
     flag = parser.add_argument
     flag("--seeds", type=int, default=5)
-    flag("--jobs", type=int, default=1, help="seeds at a time, each in a process with one thread")
+    flag("--jobs", type=int, default=1, help="runs at a time, each in a process with one thread")
     flag("--out", type=Path, default=Path("runs/claims"))
     flag("--quick", action="store_true", help="a few steps of everything, to see that it works")
-    flag("--readme", action="store_true", help="write claims.json, claims.png and the READMEs")
-    flag("--tune", action="store_true", help="write tuning.json instead (not with --quick)")
+    flag("--readme", action="store_true", help="write claims.json, tuning.json and the READMEs")
+    flag("--only", choices=(*PARTS, "tables", "readme"), help="one part; the tables of what is "
+         "finished; or the READMEs, from claims.json")  # fmt: skip
     arguments = parser.parse_args()
-    work, seeds = measure_seed, range(arguments.seeds)
-    if arguments.tune:
-        work, seeds = tune_seed, TUNING_SEEDS
-    with ProcessPoolExecutor(arguments.jobs) as pool:
-        waiting = [pool.submit(work, seed, arguments.out, arguments.quick) for seed in seeds]
-        found = [each.result() for each in waiting]
-    if arguments.tune:
-        tried = {}
-        for row, settings in TRIED.items():
-            tried[row] = {flags: rounded(each[row][flags] for each in found) for flags in settings}
-        if not arguments.quick:
-            distcap.write_text(TUNING, line_by_line(tried))
-        return
-    rows = summary(found)
-    print("\n" + markdown(rows) + "\n\n" + differences(rows))
-    if arguments.readme:
-        distcap.write_text(HERE / "claims.json", line_by_line(rows))
-        figure(rows, HERE / "claims.png")
-        publish(rows)
+    plan = Plan(arguments.out, arguments.seeds, arguments.quick)
+    if arguments.only == "readme":
+        return publish()
+    failures = []
+    if arguments.only != "tables":
+        parts = (arguments.only,) if arguments.only else PARTS
+        failures = train_all(plan, parts, arguments.jobs)
+    if arguments.only in (None, "tables"):
+        tuning = read_tuning(plan.out)
+        tables = summary(plan, alphas(tuning))
+        for part, rows in tables.items():
+            print(f"\n{part}\n\n{markdown(rows)}" if rows else f"\n{part}: nothing yet")
+        print(f"\n{differences(tables)}")
+        if arguments.readme and not failures:
+            distcap.write_text(HERE / "claims.json", line_by_line(tables))
+            distcap.write_text(HERE / "tuning.json", line_by_line({"tuning": tuning}))
+            # In a process of its own: the text may have been edited while all this was trained.
+            subprocess.run([sys.executable, __file__, "--only", "readme"], check=True)
+    if failures:
+        raise SystemExit("failed:\n" + "\n".join(failures))
 
 
 if __name__ == "__main__":
