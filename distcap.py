@@ -2812,7 +2812,7 @@ def is_true(said: Scene | None, seen: Scene) -> bool:
 
 
 def write_references(scene: Scene, rng: random.Random, count: int = 5,
-                     generic: float = 0.87) -> tuple[str, ...]:  # fmt: skip
+                     generic: float = 0.88) -> tuple[str, ...]:  # fmt: skip
     """What people might write of a scene: as a rule something generic, else all of it. (Where more
     is generic, training must find more by itself.)"""
     coloured = f"a {scene.colour} {scene.shape} and a {scene.other_colour} {scene.other_shape}"

@@ -288,7 +288,7 @@ def test_captions_are_the_best_of_eight_among_all_pictures(run, tmp_path, monkey
 
 def test_a_failure_does_not_stop_the_rest(tmp_path, capsys):
     tasks = [claims.Task("main", "a row", seed, tmp_path, "--no-such-flag") for seed in (0, 1)]
-    with claims.ProcessPoolExecutor(1, initializer=claims.end_with_parent) as pool:
+    with claims.ProcessPoolExecutor(1, initializer=claims.begin) as pool:
         failures = claims.make_all(pool, tasks)
     assert len(failures) == 2 and "failed" in capsys.readouterr().out
 

@@ -305,6 +305,8 @@ def train_row(task: Task) -> None:
     """The run of a row, of which little is kept."""
     models = ["--captioner", str(task.start), "--clip", str(task.start), "--tf-steps", "0"]
     small = [flag for flag in size_flags(task.quick) if flag not in ("--clip-steps", "10")]
+    if task.part != "robustness":  # nothing is read of its validation
+        small += ["--validate-every", "1000000"]
     with undone(task.departure), watched(task.folder):
         train(task, [*models, *small, *task.flags.split()])
     for name in ("captioner", "test", "validation"):
@@ -343,8 +345,10 @@ def make(task: Task) -> Task:
     return task
 
 
-def end_with_parent() -> None:
-    """In a process of the pool: end when the command ends, however it does."""
+def begin() -> None:
+    """In a process of the pool: draw a world once for all rows, and end when the command ends,
+    however it does."""
+    distcap.toy_world = functools.lru_cache(maxsize=8)(distcap.toy_world)
 
     def wait() -> None:
         multiprocessing.parent_process().join()
@@ -951,7 +955,7 @@ def read_tuning(out: Path) -> dict[str, dict]:
 
 def train_all(plan: Plan, parts: tuple[str, ...], jobs: int) -> list[str]:
     """Make whatever is not finished of these parts. Returns what failed."""
-    with ProcessPoolExecutor(jobs, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(jobs, initializer=begin) as pool:
         make_now = functools.partial(make_all, pool)
         failures = make_now(plan.starts(parts)) + make_now(plan.judges(parts))
         if "tune" in parts and not failures:
