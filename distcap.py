@@ -84,8 +84,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-if os.path.basename(sys.argv[0]).startswith("distcap"):
-    # As a command, until `main` runs: Ctrl-C while torch is imported ends it without a traceback.
+if Path(sys.argv[0]).stem == "distcap":
+    # As a command, until `main` has imported torch: Ctrl-C ends it without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Threads that spin while they wait for each other make a small model twenty times slower as soon as
@@ -93,11 +93,21 @@ if os.path.basename(sys.argv[0]).startswith("distcap"):
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
-from torch import Tensor, nn
 from tqdm import tqdm
+
+
+def import_torch() -> None:
+    """Import torch, for the whole file. It takes a second: a command looks first at what was typed,
+    and then `main` calls this."""
+    global F, Tensor, nn, torch
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+
+
+if Path(sys.argv[0]).stem != "distcap":
+    import_torch()
 
 
 class UserError(Exception):
@@ -460,21 +470,6 @@ class Discriminator(Regularizer):
         return logits.detach().sigmoid(), discriminator_loss(sampled, human), record
 
 
-class Remembering(nn.Sequential):
-    """A network that is saved together with what it was shown in the last steps: of each step the
-    rows of wrong and those of human captions."""
-
-    shown: tuple[tuple[Tensor, Tensor], ...] = ()
-
-    def get_extra_state(self) -> list:
-        """What torch saves besides the weights."""
-        return list(self.shown)
-
-    def set_extra_state(self, shown: list) -> None:
-        """What torch puts back."""
-        self.shown = tuple(shown)
-
-
 class PacedDiscriminator(Discriminator):
     """A discriminator that keeps pace with the captioner: Eq. 4, not as the authors have it.
 
@@ -482,11 +477,13 @@ class PacedDiscriminator(Discriminator):
     takes whatever is new for human. This one is shown corrupted human captions too; its further
     updates (`discriminator_steps`) return to the pools of the last 20 steps; and r_reg is its logit
     within +-10, in nats, which still tells captions apart where every probability is near zero.
+    `shown` has of each of these steps the rows of wrong and those of human captions.
     """
 
     def __init__(self, width: int, clip) -> None:
-        self.network = Remembering(*perceptron(2 * width))
+        super().__init__(width)
         self.clip = clip
+        self.shown: list[tuple[Tensor, Tensor]] = []
 
     def loss(self, wrong: Tensor, human: Tensor) -> Tensor:
         """Eq. 4 on rows of image and caption: (K*B + B, D + D), (B, D + D) -> ()."""
@@ -501,7 +498,8 @@ class PacedDiscriminator(Discriminator):
         broken = [corrupt(caption) for caption in batch.ground_truth]
         corrupted = [rollout.image_embeddings, self.clip.embed_captions(broken)]
         wrong = torch.cat([sampled, torch.cat(corrupted, dim=1)])  # (K*B + B, D + D)
-        self.network.shown = (*self.network.shown[-19:], (wrong, human))
+        self.shown.append((wrong, human))
+        del self.shown[:-20]
 
         logits = self.network(pairs).squeeze(1).detach()
         sampled_logits, human_logits, _ = logits.split(rollout.sizes)
@@ -511,7 +509,7 @@ class PacedDiscriminator(Discriminator):
 
     def rehearse(self, rollout: Rollout, batch: Batch) -> Tensor:
         """Eq. 4 on the pool of one of the last 20 steps, drawn by torch's random numbers."""
-        drawn = self.network.shown[torch.randint(len(self.network.shown), ())]
+        drawn = self.shown[torch.randint(len(self.shown), ())]
         wrong, human = (rows.to(rollout.caption_embeddings.device) for rows in drawn)
         return self.loss(wrong, human)
 
@@ -526,17 +524,17 @@ class KL(Regularizer):
     def __init__(self, captioner, divisor: float | None) -> None:
         super().__init__()
         self.captioner = captioner
-        self.initial = copy.deepcopy(captioner).eval()
+        self.initial = copy.deepcopy(captioner)
         self.divisor = divisor
 
-    @torch.no_grad()
     def score(self, rollout: Rollout, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
         """The log-ratio of every caption; no loss; the estimate of the divergence. It costs two
         passes over the pool that training itself does not need."""
         log_probs = []
         for captioner in (self.captioner, self.initial):
-            features = captioner.encode(batch.pixels)
-            words, mask = captioner.log_probs(features, rollout.tokens, rollout.image_index)
+            with torch.no_grad():
+                features = captioner.encode(batch.pixels)
+                words, mask = captioner.log_probs(features, rollout.tokens, rollout.image_index)
             log_probs.append(caption_log_probs(words, mask, self.divisor))
         now, before = log_probs
         sampled_now, *_ = (now - before).split(rollout.sizes)
@@ -744,7 +742,8 @@ class Learner:
         """
         batch = self.on_device(batch)
         features = self.captioner.encode(batch.pixels)  # (B, L, H), once for all that follows
-        rollout = self.roll_out(features, batch)
+        with torch.no_grad():
+            rollout = self.roll_out(features, batch)
         advantages, regularizer_loss, record = self.judge(rollout, batch)
         loss = self.loss(features, rollout, advantages)
         return loss + regularizer_loss, record
@@ -754,11 +753,10 @@ class Learner:
         batch = self.on_device(batch)
         with torch.no_grad():
             features = self.captioner.encode(batch.pixels)
-        rollout = self.roll_out(features, batch)
+            rollout = self.roll_out(features, batch)
         _, loss, record = self.regularizer.score(rollout, batch)
         return loss, record
 
-    @torch.no_grad()
     def roll_out(self, features: Tensor, batch: Batch) -> Rollout:
         """Write the pool of captions and embed it. `features` (B, L, H) are those of the batch."""
         # Write: K samples and one greedy caption of each image. Read: what a person wrote.
@@ -885,7 +883,7 @@ def in_precision(method: Callable) -> Callable:
     return run
 
 
-class Captioner(nn.Module):
+class Captioner:
     """A captioner p(c|i) with its preprocessing: BLIP. Its subclasses say what differs elsewhere.
 
     `tokens` are (C, P + T): the P of `start` (the start token and the prompt, which are saved with
@@ -898,7 +896,6 @@ class Captioner(nn.Module):
     def __init__(self, model: nn.Module, image_processor, tokenizer, prompt: str | None = None):
         from transformers import GenerationConfig
 
-        super().__init__()
         self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
         self.pixels = functools.partial(prepare_pixels, image_processor)
         self.side = max(dict(image_processor.size).values())  # in pixels
@@ -1004,7 +1001,7 @@ class Captioner(nn.Module):
                 raise ValueError("the files of its tokenizer are missing")
             if max(ids) >= text.vocab_size:
                 raise ValueError("its tokenizer is another model's: it has more words")
-            return kind(model, *parts, prompt).eval().to(device)
+            return kind(model.eval().to(device), *parts, prompt)
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder, which transformers loads without distcap."""
@@ -1082,15 +1079,15 @@ class Captioner(nn.Module):
         """Beam search for a likely caption of each image: (B, L, H) -> (B, P + T)."""
         return self.generate(features, max_length, do_sample=False, num_beams=beams, **limits)
 
-    @torch.no_grad()
     @in_precision
     def generate(self, features: Tensor, max_length: int, count: int = 1, **options) -> Tensor:
         """The one call of transformers' generate. At most `max_length` tokens follow the start."""
         own = torch.arange(len(features), device=self.model.device).repeat_interleave(count)
         start = torch.tensor([self.start] * len(own), device=self.model.device)  # (K*B, P)
         share = options.get("num_beams", 1) == 1  # a beam search reorders a cache of its own
-        options |= self.inputs(features, start, own, share)
-        return self.writer.generate(**options, max_new_tokens=max_length)
+        with torch.no_grad():
+            options |= self.inputs(features, start, own, share)
+            return self.writer.generate(**options, max_new_tokens=max_length)
 
     @in_precision
     def log_probs(self, features: Tensor, tokens: Tensor,
@@ -1347,10 +1344,19 @@ class CLIP:
             model, preprocess = create_model_from_pretrained(architecture, weights, **options)
             return cls(model, preprocess, get_tokenizer(architecture), device)
 
-    @torch.no_grad()
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """A hash of its weights and of how it prepares pictures, whatever process it is in."""
+        prepare = re.sub(" at 0x[0-9a-f]+", "", repr(self.pixels))  # without addresses
+        digest = hashlib.sha256(f"{prepare} {self.side}".encode())
+        for weight in self.model.state_dict().values():
+            digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.digest()
+
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Prepared pictures as unit rows: (B, 3, height, width) -> (B, D)."""
-        return self.model.encode_image(pixels.to(self.device), normalize=True)
+        with torch.no_grad():
+            return self.model.encode_image(pixels.to(self.device), normalize=True)
 
     def embed_images(self, images: Iterable[Path | Image.Image], workers: int = 0,
                      failures: list | None = None, quiet: bool = False) -> Tensor:  # fmt: skip
@@ -1373,12 +1379,12 @@ class CLIP:
         rows = [each.to(self.device) for each in put_together(rows)]
         return torch.cat(rows or [torch.zeros(0, 1)])
 
-    @torch.no_grad()
     def embed_captions(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:
         """Captions as unit rows (C, D). Equal captions are embedded once, so that they tie."""
         row_of = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
         tokens = [self.tokenizer(texts) for texts in batched(list(row_of), batch_size)]
-        rows = [self.encode_tokens(each.to(self.device)) for each in tokens]
+        with torch.no_grad():
+            rows = [self.encode_tokens(each.to(self.device)) for each in tokens]
         return torch.cat(rows)[[row_of[caption] for caption in captions]]
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
@@ -1497,12 +1503,11 @@ def load_image(image: Path | Image.Image, side: int | None = None) -> Image.Imag
         return picture.convert("RGB")
 
 
-def find_images(paths: Iterable[str], recursive: bool = True, listed: Sequence[str] = (),
+def find_images(paths: Sequence[str], recursive: bool = True,
                 notes: list[str] | None = None) -> list[Path]:  # fmt: skip
     """The pictures named, and those in the folders named, each once, in order; hidden ones only if
-    they are named. Raises UserError for a path that is not there, and for no picture at all; but
-    the names of a list, `listed`, may be missing: each fails when it is read. What was passed over
-    is added to `notes`."""
+    they are named. What is not there fails when it is read. What was passed over is added to
+    `notes`. Raises UserError if there is no picture at all."""
     found: dict[Path, None] = {}  # a dict keeps the order
     _, suffixes = picture_formats()
     others: Counter[str] = Counter()
@@ -1512,11 +1517,6 @@ def find_images(paths: Iterable[str], recursive: bool = True, listed: Sequence[s
         found[Path(error.filename)] = None
 
     for path in paths:
-        if "://" in path:
-            raise UserError(f"{path}: a web address; download the picture first")
-        if not path or not os.path.lexists(path):
-            raise UserError(f"{path or repr(path)}: no such file or folder")
-    for path in (*paths, *listed):
         # Links to folders are not followed: they may go in circles.
         for folder, folders, names in os.walk(Path(path), onerror=keep):
             folders[:] = sorted(name for name in folders if recursive and name[0] != ".")
@@ -1888,7 +1888,7 @@ def schedule(examples: Sequence[Example], size: int, steps: int, seed: int) -> l
     return batches
 
 
-class CaptionDataset(torch.utils.data.Dataset):
+class CaptionDataset:
     """Examples to learn from. Item [(row, which), ...] is a whole Batch, ready for the captioner.
     Pictures that are in memory already, as those of the toy world, are prepared once for all."""
 
@@ -1921,7 +1921,7 @@ class PictureBatch(NamedTuple):
     thumbnails: list[str]  # of those that are good: addresses for a page, or "" if not wanted
 
 
-class PictureBatches(torch.utils.data.Dataset):
+class PictureBatches:
     """Pictures to look at. Item n is the n-th batch of them, a PictureBatch.
     `prepare` lists the ways to make pixels of pictures: the captioner's, CLIP's, or both."""
 
@@ -2001,8 +2001,9 @@ class Bar(tqdm):
         return lambda status: status and print(status, file=file, flush=True)
 
 
-def ignore_interrupts(_: int) -> None:
-    """What a worker process does first: Ctrl-C reaches it too, but the main process decides."""
+def begin_worker(_: int) -> None:
+    """What a worker process does first. Ctrl-C reaches it too, but the main process decides."""
+    import_torch()  # if it is no fork: it has imported this file as the command did
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -2022,10 +2023,10 @@ def hold_interrupts() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def read_ahead(dataset: torch.utils.data.Dataset, order: Sequence, workers: int) -> Iterator:
+def read_ahead(dataset, order: Sequence, workers: int) -> Iterator:
     """The items of a dataset in this order, made by worker processes while the model works."""
     workers = max(min(workers, len(order) - 1), 0)  # a process for a single batch does not pay
-    options = dict(num_workers=workers, worker_init_fn=ignore_interrupts)
+    options = dict(num_workers=workers, worker_init_fn=begin_worker)
     items = iter(torch.utils.data.DataLoader(dataset, None, sampler=order, **options))
     for _ in order:
         with hold_interrupts():  # else Ctrl-C may leave a lock of the loader's locked for ever
@@ -2884,7 +2885,7 @@ def toy_tokenizer():
     return BertTokenizer(vocab=vocabulary, bos_token="[DEC]")
 
 
-def toy_captioner(seed: int) -> Captioner:
+def toy_captioner(seed: int, device: str = "cpu") -> Captioner:
     """A BLIP of 0.5 million parameters with random weights, for 32-pixel pictures."""
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
 
@@ -2901,7 +2902,7 @@ def toy_captioner(seed: int) -> Captioner:
     text |= dict(sep_token_id=end, pad_token_id=tokenizer.pad_token_id)
     model = BlipForConditionalGeneration(BlipConfig(vision_config=vision, text_config=text))
     image_processor = BlipImageProcessor(size=dict(height=32, width=32))
-    return Captioner(model, image_processor, tokenizer, prompt="")
+    return Captioner(model.eval().to(device), image_processor, tokenizer, prompt="")
 
 
 def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, run: Run,
@@ -3099,21 +3100,17 @@ def train(config: TrainConfig) -> None:
     check_size(training, config)
     if config.captioner:
         config = dataclasses.replace(config, clip=clip_name(config))
-        captioner, clip = load_models(config)
+    captioner, clip = load_models(config, with_clip=bool(config.captioner))
     out = open_run_folder(config)
     run = Run(out, config.resume, config.tensorboard)
-    if not config.captioner:
-        captioner = toy_captioner(config.seed).to(config.device)
-        captioner.check_length(config.max_length)
-        captioner.bf16 = config.precision == "bf16"
-        clip = toy_clip(out / "clip", training, config, run)
+    clip = clip or toy_clip(out / "clip", training, config, run)
 
     # Look at every picture, now rather than in the middle of training.
-    if config.data != "toy":
-        tell_same_bytes(dict(zip(("training", "validation", "test"), sets)))
-    training, embeddings = examine(training, clip, config, skipped, needed=config.uses_images)
-    validation, validation_embeddings = examine(validation, clip, config, skipped)
-    test, test_embeddings = examine(test, clip, config, skipped)
+    named = zip(("training", "validation", "test"), sets)
+    digests = {} if config.data == "toy" else tell_same_bytes(dict(named))
+    training, embeddings = examine(training, clip, config, skipped, digests, config.uses_images)
+    validation, validation_embeddings = examine(validation, clip, config, skipped, digests)
+    test, test_embeddings = examine(test, clip, config, skipped, digests)
     tell_skipped(out, skipped, config)
     check_size(training, config)
     if run.writes:
@@ -3189,22 +3186,22 @@ def split(config: TrainConfig, skipped: list[Skipped]) -> tuple[list, list, list
     return kept[: config.train_size], held_out["val"], held_out["test"]
 
 
-def tell_same_bytes(parts: dict[str, Sequence[Example]]) -> None:
-    """Say in one line if pictures are copies of one another, as by mistake they often are."""
-    by_size: dict[int, list[tuple[str, Path]]] = {}
-    for name, examples in parts.items():
-        for example in examples:
-            by_size.setdefault(example.image.stat().st_size, []).append((name, example.image))
-    first: dict[bytes, tuple[str, Path]] = {}
+def tell_same_bytes(parts: dict[str, Sequence[Example]]) -> dict[Path, bytes]:
+    """Say in one line if pictures are copies of one another, as by mistake they often are. Returns
+    their digests."""
+    part_of = {each.image: name for name, examples in parts.items() for each in examples}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        digests = dict(zip(part_of, pool.map(file_digest, part_of)))
+    first: dict[bytes, Path] = {}
     copies = []
-    for suspects in by_size.values():
-        for name, image in suspects if len(suspects) > 1 else ():
-            earlier = first.setdefault(file_digest(image), (name, image))
-            if earlier[1] != image:
-                copies.append(f"{image} ({name}) and {earlier[1]} ({earlier[0]})")
+    for image, digest in digests.items():
+        earlier = first.setdefault(digest, image)
+        if earlier != image:
+            copies.append(f"{image} ({part_of[image]}) and {earlier} ({part_of[earlier]})")
     if copies and process_rank() == 0:
-        what = f"distcap: {len(copies)} pictures have the same bytes as another: {copies[0]}"
-        print(what + ", ..." * (len(copies) > 1), file=sys.stderr)
+        what = f"{len(copies)} pictures have the same bytes as another: {copies[0]}"
+        say(what + ", ..." * (len(copies) > 1))
+    return digests
 
 
 def normalize_references(example: Example, skipped: list[Skipped]) -> Example | None:
@@ -3255,14 +3252,14 @@ def open_run_folder(config: TrainConfig) -> Path:
     return out
 
 
-def examine(examples: list[Example], clip: CLIP, config: TrainConfig,
-            skipped: list[Skipped], needed: bool = True) -> tuple[list, Tensor]:  # fmt: skip
+def examine(examples: list[Example], clip: CLIP, config: TrainConfig, skipped: list[Skipped],
+            digests: dict[Path, bytes], needed: bool = True) -> tuple[list, Tensor]:  # fmt: skip
     """The examples whose pictures can be read, and the embeddings (N, D) of these pictures. If they
     are not `needed`, every picture is read all the same, and the embeddings are zeros."""
     images = [example.image for example in examples]
     failures: list[tuple[int, UserError]] = []
     if needed:
-        embeddings = embed_cached(clip, images, config.workers, failures)
+        embeddings = embed_cached(clip, images, config.workers, failures, digests)
     else:
         batches = PictureBatches(own_share(images), [], 64, clip.side)
         order = range(len(batches)) if isinstance(images[0], Path) else ()
@@ -3280,18 +3277,13 @@ def examine(examples: list[Example], clip: CLIP, config: TrainConfig,
     return good, embeddings[: len(good)]
 
 
-def embed_cached(clip: CLIP, images: list, workers: int, failures: list) -> Tensor:
-    """`CLIP.embed_images`, from the disk if these very pictures, by their bytes, were embedded by
-    these very weights before. Pictures in memory are embedded anew."""
+def embed_cached(clip: CLIP, images: list, workers: int, failures: list,
+                 digests: dict[Path, bytes]) -> Tensor:  # fmt: skip
+    """`CLIP.embed_images`, from the disk if these very pictures, by their `digests`, were embedded
+    by these very weights before. Pictures in memory are embedded anew."""
     if not all(isinstance(image, Path) for image in images):
         return clip.embed_images(images, workers)
-    prepare = re.sub(" at 0x[0-9a-f]+", "", repr(clip.pixels))  # addresses are this process's own
-    key = hashlib.sha256(f"{prepare} {clip.side}".encode())
-    for weight in clip.model.state_dict().values():
-        key.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for digest in pool.map(file_digest, images):
-            key.update(digest)
+    key = hashlib.sha256(clip.digest + b"".join(digests[image] for image in images))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "distcap")
     path = folder / f"{key.hexdigest()}.pt"
     found = None
@@ -3313,13 +3305,13 @@ def embed_cached(clip: CLIP, images: list, workers: int, failures: list) -> Tens
 
 
 def file_digest(path: Path) -> bytes:
-    """A hash of a file's bytes; of nothing if it cannot be read."""
+    """A hash of a file's bytes; of its name, if it cannot be read."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         digest = hashlib.sha256()
         while part := file.read(2**20):
             digest.update(part)
         return digest.digest()
-    return bytes(32)
+    return hashlib.sha256(os.fsencode(path)).digest()
 
 
 def tell_skipped(out: Path, skipped: Sequence[Skipped], config: TrainConfig) -> None:
@@ -3346,7 +3338,7 @@ def learn(learner: Learner, training: Sequence[Example], test: Sequence[Example]
     captioner, count = learner.captioner, config.accumulate
     images = [example.image for example in test]
     dataset = CaptionDataset(training, captioner.pixels, captioner.side)
-    run.parts["captioner"] = captioner
+    run.parts["captioner"] = captioner.model
     if config.freeze_vision:
         captioner.vision.requires_grad_(False)
     if config.gradient_checkpointing:
@@ -3374,18 +3366,20 @@ def learn(learner: Learner, training: Sequence[Example], test: Sequence[Example]
     if config.objective == "tf":
         remember_before()
         rate = config.tf_learning_rate
-        stage("tf", captioner, tf_step, config.tf_steps, rate, validate=validate)
+        stage("tf", captioner.model, tf_step, config.tf_steps, rate, validate=validate)
     else:
-        stage("tf", captioner, tf_step, config.tf_steps, config.tf_learning_rate)
+        stage("tf", captioner.model, tf_step, config.tf_steps, config.tf_learning_rate)
         remember_before()
         prepare_reinforcement(learner, training, config)
         if steps := config.pretrain_discriminator:
             network, rate = learner.regularizer.network, config.discriminator_learning_rate
             stage("discriminator", network, learner.discriminator_step, steps, rate)
+        if config.regularizer == "paced":  # to be saved with the run
+            learner.regularizer.shown = run.notes.setdefault("shown", [])
         options = dict(learner=learner, validate=validate)
-        stage("rl", captioner, rl_step, config.steps, config.learning_rate, **options)
+        stage("rl", captioner.model, rl_step, config.steps, config.learning_rate, **options)
     if "best" in run.notes:
-        captioner.load_state_dict(run.notes["best"]["weights"])
+        captioner.model.load_state_dict(run.notes["best"]["weights"])
     return {"before": run.notes["before"], "after": caption_all(captioner, images, config)}
 
 
@@ -3398,7 +3392,7 @@ def prepare_reinforcement(learner: Learner, training: Sequence[Example], config:
     torch.manual_seed(config.seed)
     learner.regularizer = make_regularizer(learner, [each.references for each in training])
     if isinstance(learner.regularizer, KL):  # its captioner is saved with the rest, not learned
-        learner.regularizer.network = learner.regularizer.initial.requires_grad_(False)
+        learner.regularizer.network = learner.regularizer.initial.model.requires_grad_(False)
     learner.regularizer.network.to(config.device)
 
 
@@ -3468,7 +3462,6 @@ class Written(NamedTuple):
     thumbnail: str = ""
 
 
-@torch.no_grad()
 def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], config: Decoding,
                    write: Callable, clip: CLIP | None = None, wanted: Sequence[int] | None = None,
                    thumbnails: bool = False) -> Iterator[Written]:  # fmt: skip
@@ -3493,7 +3486,8 @@ def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], c
 
             def work(some: slice, good=good, pixels=batch.pixels) -> list[Written]:
                 index = [pool_row.get(number, 0) for number in good[some]]
-                return write_batch(pixels[0][some], index, captioner, config, write, clip, pool)
+                with torch.no_grad():
+                    return write_batch(pixels[0][some], index, captioner, config, write, clip, pool)
 
             written, size = halving(work, [images[number] for number in good], size)
             results = iter(zip(written, batch.thumbnails))
@@ -3634,8 +3628,11 @@ def clip_name(config: Decoding) -> str:
 
 
 def load_models(config: Decoding, with_clip: bool = True) -> tuple[Captioner, CLIP | None]:
-    """The captioner that the flags name and, if it is wanted, the CLIP."""
-    captioner = Captioner.load(config.captioner, config.device, config.prompt)
+    """The captioner that the flags name, or the toy world's, and the CLIP if it is wanted."""
+    if config.captioner:
+        captioner = Captioner.load(config.captioner, config.device, config.prompt)
+    else:
+        captioner = toy_captioner(config.seed, config.device)
     captioner.check_length(config.max_length or 1)
     captioner.bf16 = config.precision == "bf16"
     if isinstance(config, TrainConfig) and config.train_only:
@@ -3961,7 +3958,7 @@ def caption(config: CaptionConfig) -> int:
     notes: list[str] = []
     listed = read_list(config.null) if "-" in config.paths else []
     named = [path for path in config.paths if path != "-"]
-    found = find_images(named, config.recursive, listed, notes)
+    found = find_images([*named, *listed], config.recursive, notes)
     part, count = config.shard or (1, 1)
     found = found[part - 1 :: count]
     failures: list[UserError] = []
@@ -4034,7 +4031,7 @@ def evaluate_command(config: EvalConfig) -> None:
     if not config.split:  # of data with splits, the one that is for this
         examples = [each for each in examples if each.split == "test"] or examples
     warn_of_training_pictures(examples, config)
-    if skipped:
+    if skipped and process_rank() == 0:
         first = f"the first: {skipped[0].name}: {skipped[0].reason}"
         say(f"left out {len(skipped)} pictures or captions; {first}")
     if config.captions:
@@ -4156,8 +4153,6 @@ def ignored_flags(config: Decoding) -> dict[str, str]:
 
 def check(config: Decoding, given: set[str]) -> None:
     """Refuse what cannot be meant, before any slow work. `given` are the flags that were given."""
-    with explain(f"--device {config.device}: cannot be used", "; try auto"):
-        torch.empty(0, device=config.device)
     for name, reason in ignored_flags(config).items():
         if name in given:
             value = getattr(config, reason)
@@ -4184,18 +4179,24 @@ def check(config: Decoding, given: set[str]) -> None:
         if config.data == "toy" and config.clip and not config.captioner:
             own = "the toy world trains its own, unless --captioner is given too"
             raise UserError(f"--clip {config.clip}: {own}")
-        return
-    if (config.min_length or 0) > (config.max_length or math.inf):
+    elif (config.min_length or 0) > (config.max_length or math.inf):
         above = f"is above --max-length {config.max_length}"
         raise UserError(f"--min-length {config.min_length}: {above}")
     if isinstance(config, EvalConfig) and not config.table and not config.data:
         raise UserError("eval: which DATA? give a data set, or results with --table")
-    if config.out is not None:
+    if isinstance(config, CaptionConfig | EvalConfig) and config.out is not None:
         check_out(config)
 
 
 def check_out(config: CaptionConfig | EvalConfig) -> None:
     """Refuse an --out that cannot be written, or in whose place is what eval reads."""
+    for name in ("paths", "data", "images", "validation", "test", "captions", "table"):
+        value = getattr(config, name, None) or ()
+        for path in [value] if isinstance(value, str) else value:
+            if "://" in path:
+                raise UserError(f"{path}: a web address; download it first")
+            if not os.path.lexists(path) and (name, path) not in (("paths", "-"), ("data", "toy")):
+                raise UserError(f"{path or repr(path)}: no such file or folder")
     evaluates = isinstance(config, EvalConfig)
     if evaluates and not config.out.endswith(".json"):
         raise UserError(f"--out {config.out}: must be a .json file")
@@ -4271,11 +4272,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[str, Decoding, set
     if verb == "train":
         toy = TOY if given.get("data", "toy") == "toy" else {}
         preset = toy | RECIPES[given.get("recipe", "distinctive")]
-    config = VERBS[verb][0](**preset | given)
+    return verb, VERBS[verb][0](**preset | given), set(given)
+
+
+def choose_device(config: Decoding) -> Decoding:
+    """The settings with the device that `auto` is here. Raises UserError if it cannot be used."""
     if config.device == "auto":
         device = torch.accelerator.current_accelerator(check_available=True)
         config = dataclasses.replace(config, device=str(device or "cpu"))
-    return verb, config, set(given)
+    with explain(f"--device {config.device}: cannot be used", "; try auto"):
+        torch.empty(0, device=config.device)
+    if config.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32, which is much faster
+    return config
 
 
 def join_processes(config: Decoding) -> Decoding:
@@ -4308,8 +4317,6 @@ def memory_advice(config: Decoding) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 some inputs failed, 2 a mistake."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as set where this file begins
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     verb, config, given = parse_arguments(arguments)
     logging.getLogger().setLevel(logging.CRITICAL)  # the libraries announce what they load
     logging.captureWarnings(True)  # and Pillow warns of what it reads all the same
@@ -4321,8 +4328,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         getattr(stream, "reconfigure", dict)(encoding="utf-8", errors="surrogateescape")
     try:
         check(config, given)
-        if config.device.startswith("cuda"):
-            torch.set_float32_matmul_precision("high")  # TF32, which is much faster
+        import_torch()
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as set where this file begins
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        config = choose_device(config)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             config = join_processes(config)
         return VERBS[verb][1](config) or 0

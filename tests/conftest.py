@@ -46,7 +46,7 @@ def world():
 @pytest.fixture(scope="session")
 def captioner():
     """The toy captioner with random weights, in eval mode."""
-    return distcap.toy_captioner(0).eval()
+    return distcap.toy_captioner(0)
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +79,7 @@ def learn(world, clip):
 
     def make(**values):
         config = configure(**{"similarity_weight": 0.94, "ground_truth_weight": 1.0, **values})
-        captioner = distcap.toy_captioner(0).eval()
+        captioner = distcap.toy_captioner(0)
         learner = distcap.Learner(captioner, clip, config, config.max_length)
         distcap.prepare_reinforcement(learner, world, config)
         dataset = distcap.CaptionDataset(world, captioner.pixels)

@@ -181,7 +181,7 @@ def test_a_captioner_is_loaded_in_full_precision(captioner, tmp_path):
     captioner.save(tmp_path)
     distcap.Captioner.load(str(tmp_path)).half().save(tmp_path)
     loaded = distcap.Captioner.load(str(tmp_path))
-    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
 
 
 def test_weights_that_are_missing_are_not_made_up(captioner, tmp_path):
@@ -220,7 +220,7 @@ def test_loading_explains_what_is_wrong(tmp_path):
 
 def test_bf16_changes_the_arithmetic_and_no_weight(world):
     """Log-probabilities, weights and gradients stay in fp32."""
-    captioner = distcap.toy_captioner(0).eval()
+    captioner = distcap.toy_captioner(0)
     pixels = captioner.pixels([example.image for example in world[:4]])
     tokens = captioner.tokenize([example.references[0] for example in world[:4]], 20)
 
@@ -238,8 +238,8 @@ def test_bf16_changes_the_arithmetic_and_no_weight(world):
     sampled, greedy = captioner.sample_and_greedy(rounded, 9, 2)
     assert len(sampled) == 8 and len(greedy) == 4
     captioner.log_probs(rounded, tokens)[0].sum().backward()
-    assert all(p.dtype == torch.float32 for p in captioner.parameters())
-    gradients = [p.grad for p in captioner.parameters() if p.grad is not None]
+    assert all(p.dtype == torch.float32 for p in captioner.model.parameters())
+    gradients = [p.grad for p in captioner.model.parameters() if p.grad is not None]
     assert gradients and all(grad.dtype == torch.float32 for grad in gradients)
 
 

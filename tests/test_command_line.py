@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import zlib
 from pathlib import Path
@@ -23,6 +24,7 @@ from PIL import Image
 import distcap
 
 SCRIPT = Path(distcap.__file__)
+HERE = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
 
 
 @pytest.fixture
@@ -411,6 +413,8 @@ def test_a_captioner_that_cannot_load_leaves_no_run_folder(tmp_path, capsys):
     flags = ["--captioner", str(tmp_path), "--clip", str(tmp_path), "--out", str(out)]
     assert distcap.main(["train", *flags]) == 2
     assert "not a checkpoint" in one_line(capsys) and not out.exists()
+    assert distcap.main(["train", *TINY, "--max-length", "40", "--out", str(out)]) == 2
+    assert "writes at most 31 tokens" in one_line(capsys) and not out.exists()
 
 
 def test_the_script_runs_as_a_command(run):
@@ -609,11 +613,12 @@ def test_just_the_settings_that_are_refused_change_nothing(name, captioner, worl
 
 @pytest.mark.parametrize("data", ["toy", "photographs"])
 @pytest.mark.parametrize("name", distcap.RECIPES)
-def test_a_recipe_changes_what_it_says_and_no_more(name, data):
+def test_a_recipe_changes_what_it_says_and_no_more(name, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photographs").mkdir()
     flags = ["--recipe", name, "--tf-steps", "9"]
     verb, config, given = distcap.parse_arguments(["train", data, *flags])
     values = {"recipe": name, "tf_steps": 9, "data": data, **distcap.RECIPES[name]}
-    values["device"] = config.device  # what auto means on this machine
     toy = distcap.TOY if data == "toy" else {}
     assert verb == "train" and config == distcap.TrainConfig(**{**toy, **values})
     distcap.check(config, given)  # nothing in it contradicts itself
@@ -658,8 +663,8 @@ def test_every_recipe_trains(name, run, tmp_path, capsys):
     log = rows_of(out / "log.jsonl")
     assert [row["stage"] for row in log] == ["tf" if name == "tf" else "rl"] * 2
     assert all(math.isfinite(value) for row in log for value in numbers(row))
-    before = distcap.Captioner.load(str(run)).state_dict()
-    after = distcap.Captioner.load(str(out)).state_dict()
+    before = distcap.Captioner.load(str(run)).model.state_dict()
+    after = distcap.Captioner.load(str(out)).model.state_dict()
     assert not all(torch.equal(before[key], after[key]) for key in before)
     assert set(json.loads((out / "results.json").read_text())) >= {"before", "after"}
 
@@ -694,6 +699,41 @@ def test_help_names_every_field_with_its_default(verb, capsys, monkeypatch):
         switch = isinstance(default, bool) or default in (None, "")
         assert positional or switch or f"(default:{default})" in text
     assert not re.search(r"\(default:(None|False|\(\)|)\)", text)
+
+
+def test_what_can_be_said_without_torch_does_not_wait_for_it(tmp_path):
+    """Of a command, which takes several times as long with it: help, typos, what is not there."""
+    (tmp_path / "EMPTY").mkdir()
+    code = """
+        import sys
+        sys.argv[0] = "distcap"  # as a command: in Python, `import distcap` brings torch along
+        import distcap
+        for line in sys.stdin:
+            try:
+                status = distcap.main(line.split())
+            except SystemExit as stop:
+                status = stop.code
+            print(status, "torch" in sys.modules, file=sys.stderr)
+    """
+    done = ["--help", "--version", "caption --help"]
+    wrong = ["train --recipe nobody", "caption EMPTY --beans 3", "paint", "eval", "train nowhere"]
+    wrong += ["caption EMPTY --overwrite", "caption EMPTY nowhere", "eval EMPTY --captions nowhere"]
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    options = dict(input="\n".join([*done, *wrong]), cwd=tmp_path, capture_output=True, text=True)
+    told = subprocess.run(command, env=HERE, check=True, **options).stderr.splitlines()
+    assert [line for line in told if line[0] != "d"] == ["0 False"] * 3 + ["2 False"] * len(wrong)
+    assert len(told) == 3 + 2 * len(wrong)  # a line for each mistake
+
+
+def test_worker_processes_need_not_be_forks(run, tmp_path):
+    """As on macOS: a fresh interpreter imports the file as the command did, without torch."""
+    start = "import multiprocessing\nmultiprocessing.set_start_method('spawn')\n"
+    (tmp_path / "sitecustomize.py").write_text(start)
+    path = os.pathsep.join([str(tmp_path), HERE["PYTHONPATH"]])
+    command = [sys.executable, SCRIPT, "caption", run / "test", "--captioner", run]
+    command += ["--workers", "1", "--batch-size", "30"]
+    options = dict(env=HERE | {"PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert len(subprocess.run(command, **options).stdout.splitlines()) == 40
 
 
 def test_importing_the_module_does_nothing_heavy():

@@ -397,7 +397,7 @@ def test_mutated_captions_are_refused_or_rightly_paired(tmp_path):
 
 def test_of_data_with_splits_the_test_pictures_are_measured(tmp_path, capsys):
     """Unless another split is named: nobody means to measure what was trained on."""
-    rows = [{"file_name": f"{n}.jpg", "caption": "a dog", "split": ["train", "test"][n == 2]}
+    rows = [{"file_name": f"{n}.jpg", "caption": ["a dog"], "split": ["train", "test"][n == 2]}
             for n in range(4)]  # fmt: skip
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "own.jsonl").write_text('{"file_name": "2.jpg", "caption": "a dog"}\n')

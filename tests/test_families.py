@@ -318,7 +318,7 @@ def test_what_captions_of_one_image_share_changes_no_number(captioner, images):
     image_index = torch.tensor([2, 0, 2, 1, 2])
 
     def score(share):
-        captioner.zero_grad()
+        captioner.model.zero_grad()
         features = captioner.encode(captioner.pixels(images[:3]))
         if share:
             log_probs, mask = captioner.log_probs(features, tokens, image_index)
@@ -331,7 +331,7 @@ def test_what_captions_of_one_image_share_changes_no_number(captioner, images):
                 captioner.mask(tokens),
             )
         (log_probs * mask).sum().backward()
-        named = captioner.named_parameters()
+        named = captioner.model.named_parameters()
         return log_probs * mask, {name: p.grad for name, p in named if p.grad is not None}
 
     (shared, gradients), (single, twin) = score(True), score(False)
@@ -350,12 +350,12 @@ def saved_bytes(captioner, pixels, tokens):
         kept.append(tensor.nbytes)
         return tensor
 
-    captioner.zero_grad()
+    captioner.model.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         log_probs, mask = captioner.log_probs(captioner.encode(pixels), tokens)
         loss = (log_probs * mask).sum()
     loss.backward()
-    grads = {name: weight.grad for name, weight in captioner.named_parameters()}
+    grads = {name: weight.grad for name, weight in captioner.model.named_parameters()}
     return {name: grad.clone() for name, grad in grads.items() if grad is not None}, sum(kept)
 
 
@@ -367,10 +367,10 @@ def test_checkpointing_keeps_less_for_the_same_gradient(folder, images, training
     thrifty.checkpoint_vision()
     results = []
     for captioner in (plain, thrifty):
-        for module in captioner.modules():  # without dropout, so that the gradients are the same
+        for module in captioner.model.modules():  # no dropout: the gradients are the same
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        captioner.train(training)
+        captioner.model.train(training)
         torch.manual_seed(3)
         tokens = captioner.tokenize(["a dog with a hat", "a cat", "the dog", "a red hat"], 12)
         results.append(saved_bytes(captioner, captioner.pixels(images), tokens))
@@ -390,7 +390,7 @@ def test_checkpointing_draws_the_same_dropout_again(folder, images):
     for checkpointed in (False, True):
         if checkpointed:
             captioner.checkpoint_vision()
-        captioner.train()
+        captioner.model.train()
         torch.manual_seed(4)
         grads.append(saved_bytes(captioner, pixels, tokens)[0])
     for name, grad in grads[0].items():
@@ -419,10 +419,10 @@ def test_a_frozen_vision_tower_does_not_move(captioner, folder, clip, world, thr
     config = configure(**short, gradient_checkpointing=thrifty)
     learner = distcap.Learner(learning, clip, config, config.max_length)
     distcap.learn(learner, world, world[:2], config, distcap.Run(), validate=dict)
-    still = {f"model.{name}" for name, _ in captioner.model.named_parameters()}
+    still = {name for name, _ in captioner.model.named_parameters()}
     vision = {id(weight) for weight in learning.vision.parameters()}
-    before = dict(captioner.named_parameters())
-    moved = {n: not before[n].equal(w) for n, w in learning.named_parameters()}
-    seen = {n for n, w in learning.named_parameters() if id(w) in vision}
+    before = dict(captioner.model.named_parameters())
+    moved = {n: not before[n].equal(w) for n, w in learning.model.named_parameters()}
+    seen = {n for n, w in learning.model.named_parameters() if id(w) in vision}
     assert seen and seen < still and not any(moved[name] for name in seen)
     assert sum(moved[name] for name in still - seen) > 0.8 * len(still - seen)

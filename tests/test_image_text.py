@@ -461,7 +461,7 @@ def test_five_steps_change_only_what_is_trainable(folder, clip, world, tmp_path,
 
 def test_gradients_reach_all_of_the_model(captioner, images):
     tokens = captioner.tokenize(["a dog with the red hat"] * 4, 20)
-    captioner.zero_grad()
+    captioner.model.zero_grad()
     log_probs, mask = captioner.log_probs(captioner.encode(captioner.pixels(images)), tokens)
     log_probs.masked_fill(mask == 0, 0.0).sum().backward()
     still = [name for name, each in captioner.model.named_parameters() if each.grad is None]
@@ -537,7 +537,7 @@ def test_train_only_names_what_it_does_not_find(captioner):
         captioner.train_only("no_such")
     with pytest.raises(distcap.UserError, match=r"--train-only \(: not a regular expression"):
         captioner.train_only("(")
-    assert all(each.requires_grad for each in captioner.parameters())
+    assert all(each.requires_grad for each in captioner.model.parameters())
 
 
 def test_train_only_on_the_command_line(tmp_path, clip, run, world, capsys):

@@ -61,7 +61,7 @@ def test_what_is_called_ignored_changes_nothing_and_the_rest_changes_something(c
         learner, batch = learn(**{**changes, **values})
         loss, _ = learner.reinforce_step(batch)
         loss.backward()
-        return torch.cat([p.grad.flatten() for p in learner.captioner.parameters()])
+        return torch.cat([p.grad.flatten() for p in learner.captioner.model.parameters()])
 
     usual, ignored = gradient(), distcap.ignored_settings(distcap.Method(**changes))
     for name in set(OTHER_VALUES) - set(changes):

@@ -40,7 +40,7 @@ class ByPicture:
 def make_learner(clip, world, **values):
     """A learner about to begin RL that writes by picture."""
     config = configure(**{"similarity_weight": 0.94, "ground_truth_weight": 1.0, **values})
-    captioner = distcap.toy_captioner(0).eval()
+    captioner = distcap.toy_captioner(0)
     captioner.sample_and_greedy = ByPicture(captioner)
     learner = distcap.Learner(captioner, clip, config, config.max_length)
     distcap.prepare_reinforcement(learner, world, config)
@@ -59,7 +59,7 @@ def gradients(learner, losses):
     for loss in losses:
         loss.backward()
         total += loss.item()
-    modules = {"captioner": learner.captioner, "network": learner.regularizer.network}
+    modules = {"captioner": learner.captioner.model, "network": learner.regularizer.network}
     found = {
         f"{name} {path}": weight.grad
         for name, module in modules.items()
@@ -173,7 +173,7 @@ def train_a_little(clip, world, name):
         return result
 
     def watched(batch):
-        parts = torch.nn.ModuleList([learner.captioner, learner.regularizer.network])
+        parts = torch.nn.ModuleList([learner.captioner.model, learner.regularizer.network])
         weights.append({key: value.clone() for key, value in parts.state_dict().items()})
         return step(batch)
 
@@ -181,7 +181,7 @@ def train_a_little(clip, world, name):
     joint = [joint_batch(learner, world, number) for number in range(3)]
     count = distcap.process_count()
     batches = [distcap.in_parts(batch, count)[distcap.process_rank()] for batch in joint]
-    log, model = Log(), learner.captioner
+    log, model = Log(), learner.captioner.model
     first = {}
     for steps in (1, 2):  # after the first step alone, its gradient is still there
         done = lambda _, own=batches[:steps]: own  # noqa: E731

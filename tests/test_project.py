@@ -18,7 +18,7 @@ FILE = range(1, len(LINES) + 1)
 CORE = ["Method", "Objective", "Rewards and baselines", "Regularizers", "One step"]
 REST = ["Captioner", "CLIP", "Data", "Training", "Evaluation", "Toy world", "Command line"]
 # What the core may ask of the two models, and what it may not name: tensors in, tensors out.
-CAPTIONER_METHODS = {"encode", "sample_and_greedy", "tokenize", "decode", "log_probs", "eval"}
+CAPTIONER_METHODS = {"encode", "sample_and_greedy", "tokenize", "decode", "log_probs"}
 CAPTIONER_METHODS |= {"pad"}
 CLIP_METHODS = {"embed_captions", "logit_scale"}
 OUTSIDE = set("transformers open_clip PIL Image Path open os json argparse random".split())

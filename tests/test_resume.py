@@ -226,6 +226,6 @@ def test_the_weights_of_the_best_validation_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(distcap, "keep_best", pretend)
     out = tmp_path / "run"
     assert distcap.main([*command(out, "discriminator"), "--validate-every", "1"]) == 0
-    kept = distcap.Captioner.load(str(out)).state_dict()
+    kept = distcap.Captioner.load(str(out)).model.state_dict()
     same = [all(kept[k].equal(each[k]) for k in kept) for each in seen]
     assert same == [False, True, False]

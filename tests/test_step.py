@@ -15,10 +15,10 @@ def unit(*shape):
 def gradients(learner, batch, seed=5):
     """The captioner's gradient of one RL step, from the same random state each time."""
     torch.manual_seed(seed)
-    learner.captioner.zero_grad()
+    learner.captioner.model.zero_grad()
     loss, record = learner.reinforce_step(batch)
     loss.backward()
-    grads = [p.grad.flatten() for p in learner.captioner.parameters() if p.grad is not None]
+    grads = [p.grad.flatten() for p in learner.captioner.model.parameters() if p.grad is not None]
     return torch.cat(grads), record
 
 
@@ -103,7 +103,7 @@ def test_every_caption_is_scored_beside_its_own_image(learn, samples):
         weight = 0.7 / (4 * samples) if sampled else 1.3 / 4
         slow = slow - weight * (advantage if sampled else max(advantage, 0)) * log_p
     torch.testing.assert_close(loss, slow, atol=1e-6, rtol=1e-4)
-    parameters = list(captioner.parameters())
+    parameters = list(captioner.model.parameters())
     fast = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     twin = torch.autograd.grad(slow, parameters, allow_unused=True)
     for one, other in zip(fast, twin):
@@ -132,12 +132,12 @@ def test_the_regularizers_loss_does_not_reach_the_captioner(learn):
     learner, batch = learn()
     whole, _ = gradients(learner, batch)
     torch.manual_seed(5)
-    learner.captioner.zero_grad()
+    learner.captioner.model.zero_grad()
     features = learner.captioner.encode(batch.pixels)
     rollout = learner.roll_out(features, batch)
     advantages, _, _ = learner.judge(rollout, batch)
     learner.loss(features, rollout, advantages).backward()
-    alone = [p.grad.flatten() for p in learner.captioner.parameters() if p.grad is not None]
+    alone = [p.grad.flatten() for p in learner.captioner.model.parameters() if p.grad is not None]
     assert torch.equal(whole, torch.cat(alone))
 
 

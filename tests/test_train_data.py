@@ -212,13 +212,18 @@ def embedded(monkeypatch):
     return counts
 
 
+def embed(clip, images, failures=None):
+    digests = {path: distcap.file_digest(path) for path in images}
+    return distcap.embed_cached(clip, images, 0, [] if failures is None else failures, digests)
+
+
 def test_pictures_are_embedded_once_by_content_and_model(data, clip, cache, embedded, run):
     images = sorted(data.glob("*.png"))[:6]
     images[2].write_bytes(b"no picture")
 
     def look(pictures=images, model=clip):
         failures = []
-        rows = distcap.embed_cached(model, pictures, 0, failures)
+        rows = embed(model, pictures, failures)
         return rows, [(number, str(error)) for number, error in failures]
 
     rows, failures = look()
@@ -241,36 +246,40 @@ def test_pictures_are_embedded_once_by_content_and_model(data, clip, cache, embe
 def test_the_cache_is_for_other_processes_too(data, clip, cache, embedded):
     """Where the functions that prepare pictures are at other addresses."""
     images = sorted(data.glob("*.png"))[:3]
-    rows = distcap.embed_cached(clip, images, 0, [])
+    rows = embed(clip, images)
     func = clip.pixels.func
     again = copy.copy(clip)
     twin = types.FunctionType(func.__code__, func.__globals__, func.__name__)
     again.pixels = functools.partial(twin, *clip.pixels.args)
+    del again.digest  # which was copied
     assert repr(again.pixels) != repr(clip.pixels)
-    assert distcap.embed_cached(again, images, 0, []).equal(rows) and embedded == [3]
+    assert embed(again, images).equal(rows) and embedded == [3]
 
 
 @pytest.mark.parametrize("broken", [b"", b"nonsense"])
 def test_a_broken_cache_does_no_harm(data, clip, cache, embedded, broken):
     images = sorted(data.glob("*.png"))[:3]
-    rows = distcap.embed_cached(clip, images, 0, [])
+    rows = embed(clip, images)
     (path,) = cache()
     path.write_bytes(broken)
-    assert distcap.embed_cached(clip, images, 0, []).equal(rows) and len(embedded) == 2
-    assert distcap.embed_cached(clip, images, 0, []).equal(rows) and len(embedded) == 2
+    assert embed(clip, images).equal(rows) and len(embedded) == 2
+    assert embed(clip, images).equal(rows) and len(embedded) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(data, clip, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file, not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert len(distcap.embed_cached(clip, sorted(data.glob("*.png"))[:3], 0, [])) == 3
+    assert len(embed(clip, sorted(data.glob("*.png"))[:3])) == 3
 
 
 @pytest.mark.parametrize(("recipe", "counts"), [("distinctive", [32, 4, 4]), ("tf", [4, 4]),
                                                 ("scst", [4, 4])])  # fmt: skip
 def test_training_pictures_are_embedded_only_where_it_counts(
-    recipe, counts, data, run, tmp_path, cache, embedded
+    recipe, counts, data, run, tmp_path, cache, embedded, monkeypatch
 ):
+    """And no file is read twice to tell it from others."""
+    read, digest = [], distcap.file_digest
+    monkeypatch.setattr(distcap, "file_digest", lambda path: read.append(path) or digest(path))
     flags = ["--recipe", recipe] if recipe != "tf" else ["--recipe", "tf", "--tf-steps", "2"]
     command = train(data, run, tmp_path / "run", *flags)
     if recipe == "tf":
@@ -278,9 +287,10 @@ def test_training_pictures_are_embedded_only_where_it_counts(
         del command[place : place + 2]
     assert distcap.main(command) == 0
     assert embedded == counts and len(cache()) == len(counts)
+    assert sorted(read) == sorted(data.glob("*.png"))
     assert all(line["updated"] for line in read_log(tmp_path / "run") if "loss" in line)
 
 
 def test_the_toy_world_leaves_nothing_in_the_cache(world, clip, cache, embedded):
-    distcap.embed_cached(clip, [example.image for example in world[:3]], 0, [])
+    distcap.embed_cached(clip, [example.image for example in world[:3]], 0, [], {})
     assert embedded == [3] and not cache()

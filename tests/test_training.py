@@ -169,12 +169,12 @@ def test_a_steps_draws_depend_on_nothing_before_it():
 def test_a_broken_embedding_leaves_captioner_and_discriminator_as_they_were(learn):
     """The whole step, with a NaN where CLIP's embedding of a training picture should be."""
     learner, batch = learn()
-    captioner, network = learner.captioner, learner.regularizer.network
-    before = copy.deepcopy((captioner.state_dict(), network.state_dict()))
+    model, network = learner.captioner.model, learner.regularizer.network
+    before = copy.deepcopy((model.state_dict(), network.state_dict()))
     learner.image_embeddings[batch.index[0]] = torch.nan
     step, log = learner.reinforce_step, Log()
-    distcap.fit("rl", captioner, step, lambda _: [batch], 1, 1e-3, configure(), log, learner)
-    for module, state in zip((captioner, network), before):
+    distcap.fit("rl", model, step, lambda _: [batch], 1, 1e-3, configure(), log, learner)
+    for module, state in zip((model, network), before):
         assert all(value.equal(state[name]) for name, value in module.state_dict().items())
     assert math.isnan(log.records[0]["reward"])
 
@@ -189,7 +189,8 @@ def run_stage(learner, stage, steps, batch_size, examples):
     step, rate = learner.teacher_forcing_step, config.tf_learning_rate
     if stage == "rl":
         step, rate = learner.reinforce_step, config.learning_rate
-    distcap.fit(stage, learner.captioner, step, batches, steps, rate, config, log, learner)
+    model = learner.captioner.model
+    distcap.fit(stage, model, step, batches, steps, rate, config, log, learner)
     return log.records
 
 
@@ -198,10 +199,10 @@ def run_stage(learner, stage, steps, batch_size, examples):
 def test_every_baseline_trains_with_every_regularizer(learn, world, baseline, regularizer):
     values = dict(baseline=baseline, regularizer=regularizer, samples=2, neighbours=2)
     learner, _ = learn(**values)
-    before = copy.deepcopy(learner.captioner.state_dict())
+    before = copy.deepcopy(learner.captioner.model.state_dict())
     records = run_stage(learner, "rl", 2, 4, world)
     assert len(records) == 2 and all(abs(record["loss"]) < 100 for record in records)
-    after = learner.captioner.state_dict()
+    after = learner.captioner.model.state_dict()
     assert any(not value.equal(before[name]) for name, value in after.items())
 
 
@@ -236,7 +237,7 @@ def test_the_same_seed_gives_the_same_bits(learn, world):
     def train():
         learner, _ = learn()
         records = run_stage(learner, "rl", 3, 8, world)
-        return records, learner.captioner.state_dict()
+        return records, learner.captioner.model.state_dict()
 
     (records, weights), (records_again, weights_again) = train(), train()
     assert records == records_again
@@ -265,7 +266,7 @@ def test_the_discriminator_takes_so_many_steps_on_the_same_captions(learn, regul
                 optimizer.step()
         else:
             fit = [lambda _, batch=batch: [batch], 1, 0.0, learner.method, log, learner]
-            distcap.fit("rl", learner.captioner, step, *fit)
+            distcap.fit("rl", learner.captioner.model, step, *fit)
         networks.append({name: value.clone() for name, value in network.state_dict().items()})
     for name, value in networks[0].items():
         torch.testing.assert_close(networks[1][name], value, atol=1e-6, rtol=1e-5)
@@ -274,7 +275,7 @@ def test_the_discriminator_takes_so_many_steps_on_the_same_captions(learn, regul
 def test_the_discriminator_learns_alone_before_the_captioner_does(learn, world):
     """--pretrain-discriminator: the captioner stays as it is, and its loss falls."""
     learner, _ = learn()
-    before = copy.deepcopy(learner.captioner.state_dict())
+    before = copy.deepcopy(learner.captioner.model.state_dict())
     dataset = distcap.CaptionDataset(world, learner.captioner.pixels)
     batches = lambda first: distcap.read_ahead(dataset, order[first:], 0)  # noqa: E731
     order, log = distcap.schedule(world, 16, 20, 0), Log()
@@ -282,7 +283,7 @@ def test_the_discriminator_learns_alone_before_the_captioner_does(learn, world):
     distcap.fit("discriminator", network, step, batches, 20, 1e-3, learner.method, log)
     losses = [record["loss"] for record in log.records]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
-    after = learner.captioner.state_dict()
+    after = learner.captioner.model.state_dict()
     assert all(value.equal(after[name]) for name, value in before.items())
 
 

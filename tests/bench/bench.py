@@ -234,7 +234,7 @@ def bench_train(checkpoint: str, batch_size: int, rounds: int) -> Seconds:
     learner, batch = make_learner(checkpoint, batch_size)
     captioner, clip = learner.captioner, learner.clip
     tokens = captioner.tokenize(batch.ground_truth, LENGTH)
-    learned = [*captioner.parameters(), *learner.regularizer.network.parameters()]
+    learned = [*captioner.model.parameters(), *learner.regularizer.network.parameters()]
     optimizer = torch.optim.AdamW(learned)
 
     def one_pass(
