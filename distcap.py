@@ -1784,9 +1784,11 @@ def read_examples(
     split: str | None = None,
     need_pictures: bool = True,
     skipped: list[Skipped] | None = None,
+    usual: str | None = None,
 ) -> list[Example]:
     """The examples of a data set: a folder or a file, whose pictures are beside it or in the folder
-    `images`. Only those of a `split`: its name, or a file with the names of pictures.
+    `images`. Only those of a `split`: its name, or a file with the names of pictures; without one,
+    those of the split `usual`, if there are any, or all.
 
     What is missing or empty is left out, and added to the list `skipped`. A picture under two names
     is one picture. Raises UserError for what is wrong, with file and line."""
@@ -1799,6 +1801,8 @@ def read_examples(
         raise unknown_form(path, "no pictures with captions in it")
     if split:
         chosen = choose_split(data, chosen, split, skipped)
+    else:
+        chosen = [each for each in chosen if usual and each.split == usual] or chosen
 
     examples = []
     for example in chosen:
@@ -2296,7 +2300,7 @@ def give_up(stage: str, step: int, run: Run) -> None:
         raise UserError(f"{stage}: ten steps in a row were not finite; {advice}")
     if run.writes:
         resume = "; the same command with --resume goes on from there"
-        print(f"distcap: stopped after step {step} of {stage}{resume}", file=sys.stderr)
+        say(f"stopped after step {step} of {stage}{resume}")
     raise KeyboardInterrupt
 
 
@@ -3167,8 +3171,7 @@ def split(config: TrainConfig, skipped: list[Skipped]) -> tuple[list, list, list
     held_out = {}
     for name, data in (("test", config.test), ("val", config.validation)):
         if data:
-            others = read_examples(data, config.images, skipped=skipped)
-            held_out[name] = [each for each in others if each.split == name] or others
+            held_out[name] = read_examples(data, config.images, skipped=skipped, usual=name)
         elif name in names:
             held_out[name] = [each for each in examples if each.split == name]
         else:
@@ -3328,7 +3331,7 @@ def tell_skipped(out: Path, skipped: Sequence[Skipped], config: TrainConfig) -> 
         lines = [json.dumps(each._asdict()) + "\n" for each in skipped]
         write_text(out / "skipped.jsonl", "".join(lines))
         listed = f"listed in {out}/skipped.jsonl; the first: {first}"
-        print(f"distcap: left out {len(skipped)} pictures or captions, {listed}", file=sys.stderr)
+        say(f"left out {len(skipped)} pictures or captions, {listed}")
 
 
 def learn(learner: Learner, training: Sequence[Example], test: Sequence[Example],
@@ -3371,11 +3374,11 @@ def learn(learner: Learner, training: Sequence[Example], test: Sequence[Example]
         stage("tf", captioner.model, tf_step, config.tf_steps, config.tf_learning_rate)
         remember_before()
         prepare_reinforcement(learner, training, config)
+        if config.regularizer == "paced":  # to be saved with the run
+            learner.regularizer.shown = run.notes.setdefault("shown", [])
         if steps := config.pretrain_discriminator:
             network, rate = learner.regularizer.network, config.discriminator_learning_rate
             stage("discriminator", network, learner.discriminator_step, steps, rate)
-        if config.regularizer == "paced":  # to be saved with the run
-            learner.regularizer.shown = run.notes.setdefault("shown", [])
         options = dict(learner=learner, validate=validate)
         stage("rl", captioner.model, rl_step, config.steps, config.learning_rate, **options)
     if "best" in run.notes:
@@ -3686,6 +3689,9 @@ def read_table(path: Path) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for name, captions, more in table_rows(path):
         texts = [text for text in captions if text.strip()]
+        if (own := more.keys() & SCORES) and len(own) < len(SCORES):
+            theirs = f"its {min(own)} is not from --scores; rename it, or give another --out"
+            raise UserError(f"{path}: {name}: {theirs}")
         empty = {key: [] for key in SCORES if key in more}
         known = rows.setdefault(name, Row(name, [], more | empty))
         known.captions.extend(texts)
@@ -3906,7 +3912,7 @@ class Table(Output):
             more = {key: row.more[key] for key in new if key in row.more}
             if name in self.rows:
                 kept = self.rows[name].more.items()
-                more = {key: value for key, value in kept if key not in new} | more
+                more = {key: value for key, value in kept if key not in SCORES} | more
             self.rows[name] = Row(name, row.captions, more)
         text = table_text(self.out.suffix, [*self.rows.values()], failures)
         # A .csv has no way to write names that are not UTF-8 but as they are.
@@ -4026,10 +4032,8 @@ def evaluate_command(config: EvalConfig) -> None:
     check_java(config.metrics, config.tokenizer)
     looks = bool(set(CLIP_METRICS) & set(config.metrics))
     skipped: list[Skipped] = []
-    need_pictures = looks or not config.captions
-    examples = read_examples(config.data, config.images, config.split, need_pictures, skipped)
-    if not config.split:  # of data with splits, the one that is for this
-        examples = [each for each in examples if each.split == "test"] or examples
+    which = (config.images, config.split, looks or not config.captions, skipped)
+    examples = read_examples(config.data, *which, usual="test")
     warn_of_training_pictures(examples, config)
     if skipped and process_rank() == 0:
         first = f"the first: {skipped[0].name}: {skipped[0].reason}"
@@ -4075,7 +4079,7 @@ def warn_of_training_pictures(examples: Sequence[Example], config: EvalConfig) -
     if not config.captions and names.is_file():
         learned = set(names.read_text(encoding="utf-8", errors="surrogateescape").split("\n"))
         count = sum(os.path.realpath(example.image) in learned for example in examples)
-        if count:
+        if count and process_rank() == 0:
             what = f"{count} of {len(examples)} pictures were trained on, by {config.captioner}"
             say(f"{what}; its test/ holds others")
 
@@ -4186,10 +4190,6 @@ def check(config: Decoding, given: set[str]) -> None:
         raise UserError("eval: which DATA? give a data set, or results with --table")
     if isinstance(config, CaptionConfig | EvalConfig) and config.out is not None:
         check_out(config)
-
-
-def check_out(config: CaptionConfig | EvalConfig) -> None:
-    """Refuse an --out that cannot be written, or in whose place is what eval reads."""
     for name in ("paths", "data", "images", "validation", "test", "captions", "table"):
         value = getattr(config, name, None) or ()
         for path in [value] if isinstance(value, str) else value:
@@ -4197,6 +4197,10 @@ def check_out(config: CaptionConfig | EvalConfig) -> None:
                 raise UserError(f"{path}: a web address; download it first")
             if not os.path.lexists(path) and (name, path) not in (("paths", "-"), ("data", "toy")):
                 raise UserError(f"{path or repr(path)}: no such file or folder")
+
+
+def check_out(config: CaptionConfig | EvalConfig) -> None:
+    """Refuse an --out that cannot be written, or in whose place is what eval reads."""
     evaluates = isinstance(config, EvalConfig)
     if evaluates and not config.out.endswith(".json"):
         raise UserError(f"--out {config.out}: must be a .json file")

@@ -399,9 +399,21 @@ def test_of_data_with_splits_the_test_pictures_are_measured(tmp_path, capsys):
     """Unless another split is named: nobody means to measure what was trained on."""
     rows = [{"file_name": f"{n}.jpg", "caption": ["a dog"], "split": ["train", "test"][n == 2]}
             for n in range(4)]  # fmt: skip
+    rows[0]["caption"] += [""]  # of what is not measured, nothing is told
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "own.jsonl").write_text('{"file_name": "2.jpg", "caption": "a dog"}\n')
     command = ["eval", str(tmp_path / "data.jsonl"), "--captions", str(tmp_path / "own.jsonl")]
     assert distcap.main([*command, "--metrics", "bleu"]) == 0
+    assert capsys.readouterr().err == ""
     assert distcap.main([*command, "--metrics", "bleu", "--split", "train"]) == 2
     assert "3 without a caption" in capsys.readouterr().err
+
+
+def test_of_several_processes_one_tells_what_was_trained_on(tmp_path, monkeypatch, capsys):
+    (tmp_path / "training.txt").write_text(f"{os.path.realpath('x.png')}\n")
+    examples = [distcap.Example("x", Path("x.png"), ("a dog",))]
+    for rank in (0, 1):
+        monkeypatch.setattr(distcap, "process_rank", lambda rank=rank: rank)
+        config = distcap.EvalConfig(captioner=str(tmp_path))
+        distcap.warn_of_training_pictures(examples, config)
+    assert capsys.readouterr().err.count("1 of 1 pictures were trained on") == 1

@@ -104,6 +104,18 @@ def test_rows_that_one_row_cannot_hold_are_not_merged(run, pictures, tmp_path, c
     assert "Bob" in table.read_text()
 
 
+def test_columns_of_the_users_are_not_taken_for_ours(run, pictures, tmp_path, capsys):
+    """A rank in a competition, say, or a thumbnail's address."""
+    table = tmp_path / "x.csv"
+    table.write_text("image,rank,text\npictures/a.png,7,\n")
+    assert caption(run, pictures / "a.png", "--out", table, "--scores") == 2
+    assert "x.csv: pictures/a.png: its rank is not from --scores" in capsys.readouterr().err
+    assert table.read_text() == "image,rank,text\npictures/a.png,7,\n"
+    table.write_text("image,thumbnail,text\npictures/a.png,small/a.png,\n")
+    assert caption(run, pictures / "a.png", "--out", table) == 0
+    assert next(csv.DictReader(table.open(newline="")))["thumbnail"] == "small/a.png"
+
+
 def test_overwriting_keeps_the_old_rows_until_it_is_done(run, pictures, tmp_path, monkeypatch):
     out = tmp_path / "x.jsonl"
     out.write_text('{"file_name": "pictures/a.png", "caption": ["mine"], "licence": 3}\n')
