@@ -871,18 +871,6 @@ class Learner:
 
 
 # ---- 6  Captioner: encode once, then sample, search and score from the same features -------------
-def in_precision(method: Callable) -> Callable:
-    """Run a captioner's method in bf16 arithmetic if its `bf16` says so. Weights stay in fp32."""
-
-    @functools.wraps(method)
-    def run(captioner: Captioner, *arguments, **options):
-        device = captioner.model.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=captioner.bf16):
-            return method(captioner, *arguments, **options)
-
-    return run
-
-
 class Captioner:
     """A captioner p(c|i) with its preprocessing: BLIP. Its subclasses say what differs elsewhere.
 
@@ -931,6 +919,10 @@ class Captioner:
         """The part of the model that sees."""
         return self.model.get_submodule(self.vision_name)
 
+    def arithmetic(self) -> torch.autocast:
+        """For `with`: the block computes in bf16 if `bf16` says so. Weights stay in fp32."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
+
     def checkpoint_vision(self) -> None:
         """Keep of the vision tower's layers only what goes in, and compute them again for the
         gradient: most of the memory of a step, for a quarter more time. transformers can do so too,
@@ -962,10 +954,10 @@ class Captioner:
             cache.is_updated[number] = True
         return {"input_ids": tokens, "encoder_hidden_states": features, self.cache_name: cache}
 
-    @in_precision
     def encode(self, pixels: Tensor) -> Tensor:
         """Features of images: (B, 3, height, width) -> (B, L, H). All that follows starts here."""
-        return self.vision(pixels.to(self.model.device)).last_hidden_state
+        with self.arithmetic():
+            return self.vision(pixels.to(self.model.device)).last_hidden_state
 
     @staticmethod
     def load(name: str, device: str = "cpu", prompt: str | None = None) -> Captioner:
@@ -1079,17 +1071,15 @@ class Captioner:
         """Beam search for a likely caption of each image: (B, L, H) -> (B, P + T)."""
         return self.generate(features, max_length, do_sample=False, num_beams=beams, **limits)
 
-    @in_precision
     def generate(self, features: Tensor, max_length: int, count: int = 1, **options) -> Tensor:
         """The one call of transformers' generate. At most `max_length` tokens follow the start."""
         own = torch.arange(len(features), device=self.model.device).repeat_interleave(count)
         start = torch.tensor([self.start] * len(own), device=self.model.device)  # (K*B, P)
         share = options.get("num_beams", 1) == 1  # a beam search reorders a cache of its own
-        with torch.no_grad():
+        with torch.no_grad(), self.arithmetic():
             options |= self.inputs(features, start, own, share)
             return self.writer.generate(**options, max_new_tokens=max_length)
 
-    @in_precision
     def log_probs(self, features: Tensor, tokens: Tensor,
                   image_index: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """log p of each token after the start, given those before it, in nats; and the mask:
@@ -1099,7 +1089,8 @@ class Captioner:
         if image_index is None:
             image_index = torch.arange(len(tokens), device=tokens.device)
         words = tokens[:, len(self.start) :]  # (C, T)
-        logits = self.writer(**self.inputs(features, tokens[:, :-1], image_index)).logits
+        with self.arithmetic():
+            logits = self.writer(**self.inputs(features, tokens[:, :-1], image_index)).logits
         logits = logits[:, -words.shape[1] :]  # (C, T, V): each predicts the token after it
         log_probs = logits.float().log_softmax(dim=-1).gather(2, words[:, :, None]).squeeze(2)
         return log_probs, self.mask(tokens)
@@ -2299,8 +2290,7 @@ def give_up(stage: str, step: int, run: Run) -> None:
         advice = "try a lower --learning-rate"
         raise UserError(f"{stage}: ten steps in a row were not finite; {advice}")
     if run.writes:
-        resume = "; the same command with --resume goes on from there"
-        say(f"stopped after step {step} of {stage}{resume}")
+        say(f"stopped after step {step} of {stage}; with --resume the same command goes on")
     raise KeyboardInterrupt
 
 
@@ -3906,10 +3896,9 @@ class Table(Output):
         if self.config.shard:
             return
         order = {name: number for number, name in enumerate(self.names.values())}
-        new = (*SCORES, "thumbnail")
         for name in sorted(self.added, key=lambda name: order.get(name, -1)):
             row = self.added[name]
-            more = {key: row.more[key] for key in new if key in row.more}
+            more = {key: row.more[key] for key in (*SCORES, "thumbnail") if key in row.more}
             if name in self.rows:
                 kept = self.rows[name].more.items()
                 more = {key: value for key, value in kept if key not in SCORES} | more
@@ -4193,10 +4182,9 @@ def check(config: Decoding, given: set[str]) -> None:
     for name in ("paths", "data", "images", "validation", "test", "captions", "table"):
         value = getattr(config, name, None) or ()
         for path in [value] if isinstance(value, str) else value:
-            if "://" in path:
-                raise UserError(f"{path}: a web address; download it first")
+            why = "a web address; download it first" if "://" in path else "no such file or folder"
             if not os.path.lexists(path) and (name, path) not in (("paths", "-"), ("data", "toy")):
-                raise UserError(f"{path or repr(path)}: no such file or folder")
+                raise UserError(f"{path or repr(path)}: {why}")
 
 
 def check_out(config: CaptionConfig | EvalConfig) -> None:
