@@ -152,7 +152,7 @@ def test_without_java_what_needs_it_is_refused_before_any_work(
     needed, no_models, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
-    line = refusal(capsys, tmp_path / "unread", "--captioner", "unread", *needed.split())
+    line = refusal(capsys, tmp_path, "--captioner", "unread", *needed.split())
     assert f"{needed}: needs Java" in line and "install it" in line
 
 
@@ -162,7 +162,7 @@ def test_spice_without_its_models_is_refused_before_any_work(no_models, tmp_path
 
     if list(Path(spice.__file__).parent.glob("lib/*-models.jar")):
         pytest.skip("SPICE's models are here")
-    line = refusal(capsys, tmp_path / "unread", "--metrics", "spice")
+    line = refusal(capsys, tmp_path, "--metrics", "spice")
     assert "get_stanford_models" in line
 
 

@@ -251,7 +251,7 @@ def test_a_saved_captioner_of_every_family_loads_the_same(captioner, tmp_path, i
     captioner.save(tmp_path)
     assert not list(tmp_path.glob("*.bin"))
     again = distcap.Captioner.load(str(tmp_path))
-    assert type(again) is type(captioner) and not again.training
+    assert type(again) is type(captioner) and not again.model.training
     assert torch.equal(again.pixels(images), captioner.pixels(images))
     assert torch.equal(again.greedy(features, 9), captioner.greedy(features, 9))
 
