@@ -168,11 +168,12 @@ class Method:
     """
 
     # fmt: off
-    objective: str = flag("rl", "reinforcement learning after teacher forcing, or teacher forcing "
-                          "alone (Eq. 1)", ("rl", "tf"))
-    baseline: str = flag("contrastive", "what a caption is held against, in reward and advantage: "
-                         "the pool (Eq. 6), the greedy caption (Eq. 7), similar images (Eq. 8), "
-                         "other samples (Eq. 9), or nothing",
+    objective: str = flag("rl", "reinforcement learning, or teacher forcing alone (Eq. 1)",
+                          ("rl", "tf"), group="method (equations as in the README)")
+    baseline: str = flag("contrastive", "what a caption has to beat: the other captions and "
+                         "pictures of the batch (contrastive, Eq. 6), the greedy caption (Eq. 7), "
+                         "its fit to similar pictures (neighbours, Eq. 8), the other samples of "
+                         "its picture (group, Eq. 9), or nothing",
                          ("contrastive", "greedy", "neighbours", "group", "none"))
     direction: str = flag("both", "the half of Eq. 6 that counts",
                           ("both", "image-to-text", "text-to-image"))
@@ -180,13 +181,15 @@ class Method:
                             "discriminator that keeps pace, with --discriminator-steps 5",
                             ("discriminator", "paced", "kl", "cider", "grammar", "none"))
     samples: int = flag(1, "captions sampled for each picture", number(1))
-    neighbours: int = flag(0, "similar images; with Eq. 6, hard negatives", number(0))
-    similarity_weight: float = flag(0.94, "alpha of Eq. 3; the regularizer gets the rest",
-                                    number(0, 1, float))
-    sampled_weight: float = flag(1.0, "weight of sampled captions (Eq. 2)", WEIGHT)
-    ground_truth_weight: float = flag(1.0, "weight of human captions (Eq. 5)", WEIGHT)
-    discriminator_steps: int = flag(1, "updates of the regularizer's network a step", number(1))
-    normalize: bool = flag(True, "train on captions, and judge them, in lower case and without "
+    neighbours: int = flag(0, "similar pictures to compare with; with Eq. 6 they join the batch "
+                           "as hard negatives", number(0))
+    similarity_weight: float = flag(0.94, "weight of CLIP's reward (alpha of Eq. 3); the "
+                                    "regularizer has the rest", number(0, 1, float))
+    sampled_weight: float = flag(1.0, "weight of the loss on sampled captions (Eq. 2)", WEIGHT)
+    ground_truth_weight: float = flag(1.0, "weight of the loss on human captions (Eq. 5)", WEIGHT)
+    discriminator_steps: int = flag(1, "updates of the discriminator or the grammar network in a "
+                                    "step", number(1))
+    normalize: bool = flag(True, "learn from captions, and judge them, in lower case and without "
                            "punctuation, as BLIP was trained")
     length_normalizer: str = flag("constant", "what log p of a caption is divided by: a constant, "
                                   "or its own length (for comparison)", ("constant", "caption"))
@@ -2953,131 +2956,149 @@ def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, run
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """Models and captions: what every verb needs."""
-    captioner: str | None = flag("Salesforce/blip-image-captioning-base",
-                                 "Hub name, Hugging Face folder or run folder")
-    clip: str | None = flag(None, "open_clip NAME/TAG, hf-hub:NAME, folder or run folder; "
-                            "otherwise that of the captioner's run, or ViT-B-32/openai")
-    prompt: str | None = flag(None, "words to continue; otherwise those it was trained with, or "
-                              "for a BLIP that has none: a picture of")
-    beams: int = flag(1, "beams of the search; 1 decodes greedily", number(1))
-    max_length: int = flag(20, "most tokens in a caption", number(1))
-    batch_size: int = flag(64, "pictures in a batch", number(1))
-    workers: int = flag(2, "processes that read pictures while the model works", number(0))
+    """Models, and how captions are decoded: the settings that every verb has."""
+    captioner: str | None = flag("Salesforce/blip-image-captioning-base", "Hugging Face Hub name, "
+                                 "folder, or run folder of distcap train", group="models")
+    clip: str | None = flag(None, "open_clip NAME/TAG, hf-hub:NAME, folder or run folder; if not "
+                            "given, the CLIP the captioner was trained with, or ViT-B-32/openai")
+    prompt: str | None = flag(None, "words to continue; if not given, as the captioner was trained")
+    beams: int = flag(1, "beams of the search; 1: greedy decoding", number(1), group="decoding")
+    max_length: int = flag(20, "longest caption, in tokens", number(1))
+    batch_size: int = flag(64, "pictures in a batch", number(1), group="computing")
+    workers: int = flag(2, "processes that read pictures ahead", number(0), group="computing")
     precision: str = flag("fp32", "arithmetic of the captioner", ("fp32", "bf16"))
-    seed: int = flag(0, "seed of everything random", number(0, 2**32 - 1))
-    device: str = flag("auto", "cpu, cuda, cuda:1, mps, or auto")
+    device: str = flag("auto", "cpu, cuda, cuda:1, mps, or auto: the best there is")
+    seed: int = flag(0, "seed of all random numbers", number(0, 2**32 - 1))
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(Decoding, Method):
-    """Train a captioner, and print what changed on pictures that were held out."""
-    data: str = flag("toy", "toy, the built-in world; or a folder or file of pictures and captions",
-                     nargs="?")
+class TrainConfig(Method, Decoding):
+    """Train a captioner, and measure what that changed.
+
+    examples:
+      distcap train
+      distcap train --recipe clip-scst --out runs/hacked
+      distcap train dataset_coco.json --images coco/ --precision bf16
+    """
+    data: str = flag("toy", "folder or file of pictures with captions, in one of the README's "
+                     "forms; or toy, a built-in world with a tiny captioner and CLIP of its own",
+                     nargs="?", group="data")
     images: str | None = flag(None, "folder of the pictures, if they are not beside the file")
-    train_split: str | None = flag(None, "split to train on: its name, or a file with the names of "
-                                   "pictures; otherwise train, with restval")
-    validation: str | None = flag(None, "other data for validation; otherwise the split val, or a "
-                                  "tenth that is held out")
-    test: str | None = flag(None, "other data for the test; otherwise the split test, or a tenth")
-    strict: bool = flag(False, "refuse data with missing pictures or captions, instead of "
-                        "leaving them out")
-    recipe: str = flag("distinctive", f"a published method; other flags override it; one of "
-                       f"{', '.join(RECIPES)}", tuple(RECIPES), metavar="NAME")
-    out: str | None = flag(None, "run folder; otherwise runs/NAME-OF-DATA")
-    resume: bool = flag(False, "go on with the run in the run folder, if there is one")
-    tf_steps: int = flag(0, "steps of teacher forcing, first", number(0))
-    tf_learning_rate: float = flag(1e-5, "its peak learning rate", WEIGHT)
+    train_split: str | None = flag(None, "learn from this split, or from the pictures that this "
+                                   "file lists; if not given, from train and restval")
+    validation: str | None = flag(None, "other data to validate on; else the split val, or a tenth")
+    test: str | None = flag(None, "other data to test on; else the split test, or a tenth")
+    train_size: int | None = flag(None, "learn from at most N pictures", number(1))
+    test_size: int = flag(1000, "hold out at most N pictures, and at most a tenth, to test on; and "
+                          "as many to validate on", number(1))
+    strict: bool = flag(False, "refuse data with missing pictures or captions")
+    recipe: str = flag("distinctive", f"settings of a published method, which other flags "
+                       f"override; one of {', '.join(RECIPES)}", tuple(RECIPES), group="method (equations as in the README)")
+    tf_steps: int = flag(0, "steps of teacher forcing, which come first", number(0),
+                         group="training")
+    tf_learning_rate: float = flag(1e-5, "peak learning rate of teacher forcing", WEIGHT)
     steps: int = flag(10_000, "steps of reinforcement learning", number(0))
-    learning_rate: float = flag(1e-6, "its peak learning rate", WEIGHT)
+    learning_rate: float = flag(1e-6, "peak learning rate of reinforcement learning", WEIGHT)
     discriminator_learning_rate: float = flag(
-        7e-5, "learning rate of a regularizer's network (Eq. 4, 10)", WEIGHT)
-    pretrain_discriminator: int = flag(0, "steps in which the regularizer's network learns alone, "
-                                       "before the captioner does", number(0))
-    max_gradient_norm: float = flag(1.0, "gradients are scaled down to this norm", WEIGHT)
-    accumulate: int = flag(1, "batches that make up a step, as one pool", number(1))
-    gradient_checkpointing: bool = flag(False, "save memory in the vision tower, for some time")
-    freeze_vision: bool = flag(False, "leave the vision tower as it is")
-    save_every: int = flag(500, "steps between saves of what --resume goes on from", number(1))
-    validate_every: int = flag(1000, "steps between looks at the validation pictures", number(1))
-    select: str = flag("last", "which weights to keep: the last, or those of the best validation",
+        7e-5, "learning rate of the discriminator or the grammar network", WEIGHT)
+    pretrain_discriminator: int = flag(0, "steps in which that network learns alone, before "
+                                       "reinforcement learning", number(0))
+    max_gradient_norm: float = flag(1.0, "the gradient is clipped to this norm", WEIGHT)
+    freeze_vision: bool = flag(False, "do not train the vision tower")
+    train_only: str | None = flag(None, "train only the parameters in whose names this regular "
+                                  "expression finds something, as lm_head|layers.1[0-9]")
+    validate_every: int = flag(1000, "steps between validations", number(1))
+    select: str = flag("last", "keep the last weights, or the best of validation by this measure",
                        ("last", "reward", "cider", "text_to_image_R@1", "oracle_R@1"))
-    log_every: int = flag(0, "steps between prints of three sampled captions; 0: none", number(0))
+    clip_steps: int = flag(400, "steps in which the toy world's CLIP is trained", number(1))
+    out: str | None = flag(None, "run folder; else runs/ and the data's name", group="run folder")
+    resume: bool = flag(False, "continue the run in that folder, if there is one")
+    save_every: int = flag(500, "steps between saves of what --resume continues from", number(1))
+    log_every: int = flag(0, "print three sampled captions every N steps; 0: never", number(0))
     tensorboard: bool = flag(False, "log to TensorBoard too, in the run folder")
-    train_only: str | None = flag(None, "train the captioner's parameters whose names this regular "
-                                  "expression finds, as lm_head|layers.1[0-9]; freeze the rest")
-    clip_steps: int = flag(400, "steps of pretraining the toy world's CLIP", number(1))
-    train_size: int | None = flag(None, "use at most so many training examples", number(1))
-    test_size: int = flag(1000, "examples held out for the test, at most a tenth; as many for "
-                          "validation", number(1))
+    accumulate: int = flag(1, "batches in a step, whose captions all compete", number(1),
+                           group="computing")
+    gradient_checkpointing: bool = flag(False, "save memory in the vision tower, at some cost in "
+                                        "time")
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionConfig(Decoding):
-    """Write a caption for every picture: path, tab, caption, a line each, on standard output."""
+    """Write captions of pictures, a line each.
+
+    examples:
+      distcap caption photos/
+      distcap caption photos/ --samples 8 --rerank --out captions.csv
+      find . -name '*.jpg' -print0 | distcap caption - --null
+    """
     paths: tuple[str, ...] = flag((), "pictures, folders of pictures, or - for a list of them on "
-                                  "standard input", nargs="+")
-    recursive: bool = flag(True, "look into folders within folders")
-    null: bool = flag(False, "names in the list end with a null character, as find -print0 writes")
-    json: bool = flag(False, "write a JSON object a line, also for what failed")
-    out: str | None = flag(None, "write to this .jsonl, .csv or .html file; one that exists is "
-                           "continued")
-    sidecar: str | None = flag(None, "write a file beside each picture, with this suffix",
+                                  "standard input", nargs="+", group="pictures")
+    recursive: bool = flag(True, "search the folders within folders")
+    null: bool = flag(False, "the listed names end in null characters, as find -print0 writes them")
+    shard: tuple[int, int] | None = flag(None, "a part of the pictures: 2/4 is the second of four",
+                                         shard_of)
+    out: str | None = flag(None, "write to this .jsonl, .csv or .html file, or continue it",
+                           group="output")
+    sidecar: str | None = flag(None, "write a file with this suffix beside each picture",
                                (".txt", ".caption"))
-    overwrite: bool = flag(False, "caption anew what has a caption in --out or --sidecar")
+    json: bool = flag(False, "print a JSON object a line, for failures too")
+    overwrite: bool = flag(False, "caption again what has a caption in --out or --sidecar")
     prefix: str = flag("", "text before each caption")
     suffix: str = flag("", "text after each caption")
-    shard: tuple[int, int] | None = flag(None, "2/4: only the second of four parts of the pictures",
-                                         shard_of)
-    samples: int = flag(0, "sample so many captions of each picture; 0: search", number(0))
-    temperature: float = flag(
-        0.7, "of --samples; 1 is the captioner's own distribution", number(0.01, kind=float))
-    top_p: float = flag(1.0, "of --samples: only the likeliest tokens that make up this much",
+    scores: bool = flag(False, "add CLIP's cosine, the rank of the picture among all by CLIP, the "
+                        "contrastive reward (Eq. 6) and the mean log-probability of the tokens")
+    quiet: bool = flag(False, "report only failures on standard error")
+    beams: int = flag(3, "beams of the search; 1: greedy decoding", number(1), group="decoding")
+    samples: int = flag(0, "sample N captions of each picture; 0: search for one", number(0))
+    temperature: float = flag(0.7, "of samples: the lower, the closer to the likeliest words",
+                              number(0.01, kind=float))
+    top_p: float = flag(1.0, "sample from the likeliest tokens with this probability in all",
                         number(0, 1, float))
-    rerank: bool = flag(False, "of --samples (8 if not given), keep what best tells a picture from "
-                        "the others (Eq. 6)")
-    scores: bool = flag(False, "with each caption CLIP's cosine, the rank of its picture among all "
-                        "by this caption, the reward of Eq. 6, and log p a token")
-    min_length: int | None = flag(None, "fewest tokens in a caption; otherwise 5 with those of the "
+    rerank: bool = flag(False, "keep the sample (of 8, unless --samples is given) by which CLIP "
+                        "best tells the picture from the others")
+    min_length: int | None = flag(None, "shortest caption, in tokens; if not given, 5 with the "
                                   "prompt, as BLIP counts", number(0))
-    max_length: int | None = flag(None, "most tokens in a caption, its end included; otherwise 20 "
-                                  "with those of the prompt, as BLIP counts", number(1))
-    repetition_penalty: float = flag(
-        1.0, "above 1, words that were written are less likely", number(0.01, kind=float))
-    no_repeat_ngram_size: int = flag(0, "so many words in a row are not written twice; 0: may be",
-                                     number(0))
-    beams: int = flag(3, "beams of the search; 1 decodes greedily", number(1))
-    batch_size: int = flag(16, "pictures in a batch", number(1))
-    quiet: bool = flag(False, "on standard error say nothing but what failed")
+    max_length: int | None = flag(None, "longest caption, in tokens; if not given, 20 with the "
+                                  "prompt, as BLIP counts", number(1))
+    repetition_penalty: float = flag(1.0, "above 1, words are less likely to be repeated",
+                                     number(0.01, kind=float))
+    no_repeat_ngram_size: int = flag(0, "never repeat N words in a row; 0: allowed", number(0))
+    batch_size: int = flag(16, "pictures in a batch", number(1), group="computing")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Decoding):
-    """Measure captions: of a captioner, or of a file. Or set results in a table."""
-    data: str | None = flag(None, "a data set, as for train", nargs="?")
-    images: str | None = flag(None, "folder of its pictures, if they are not beside it")
-    split: str | None = flag(None, "only this split of it, or the pictures that this file lists; "
-                             "otherwise the split test, if there is one")
-    captions: str | None = flag(None, "measure these, not a captioner's: COCO results, .jsonl, "
-                                ".csv, or a folder of .txt files")
+    """Measure captions, or put results in a table.
+
+    examples:
+      distcap eval runs/toy/test --captioner runs/toy
+      distcap eval dataset_coco.json --split test --captions mine.jsonl
+      distcap eval --table first.json second.json --format latex
+    """
+    data: str | None = flag(None, "pictures with captions, as for train", nargs="?", group="data")
+    images: str | None = flag(None, "folder of the pictures, if they are not beside the file")
+    split: str | None = flag(None, "a split, or a file that lists pictures; if not given, the "
+                             "split test, or all if there is none")
+    captions: str | None = flag(None, "measure these instead of a captioner's: COCO results, "
+                                ".jsonl, .csv, or a folder of .txt files", group="measures")
     metrics: Sequence[str] = flag(
-        ("bleu", "rouge", "cider", "retrieval", "diversity"), f"what to measure; of "
-        f"{' '.join(METRICS)}", METRICS, nargs="+", action="extend", metavar="METRIC")
-    tokenizer: str = flag("regex", "what splits words for n-grams; ptb, as in most papers, needs "
-                          "Java", ("regex", "ptb"))
+        ("bleu", "rouge", "cider", "retrieval", "diversity"), f"some of {' '.join(METRICS)}",
+        METRICS, nargs="+", action="extend")
+    tokenizer: str = flag("regex", "what splits captions into words: a regular expression, or as "
+                          "in most papers ptb, which needs Java", ("regex", "ptb"))
+    bag_size: int = flag(10, "pictures among which bag_R@1 looks for the right one", number(2))
+    out: str | None = flag(None, "write the measures to this .json file, each picture's to "
+                           ".each.jsonl beside it, and captions to .captions.json", group="output")
+    name: str | None = flag(None, "name of the row in tables, the same for all seeds; if not "
+                            "given, that of the captioner or the captions")
+    table: Sequence[str] | None = flag(None, "put results that --out wrote in a table", nargs="+",
+                                       action="extend")
+    format: str = flag("markdown", "form of the table", ("markdown", "latex"))
     clip: Sequence[str] | None = flag(
-        None, "one or more CLIPs that measure: an open_clip NAME/TAG, hf-hub:NAME, folder or run "
-        "folder; otherwise that of the captioner's run, or ViT-B-32/openai", nargs="+",
-        action="extend")
-    bag_size: int = flag(10, "pictures in a bag of similar ones, for bag_R@1", number(2))
-    min_length: int = flag(0, "fewest tokens in a caption", number(0))
-    name: str | None = flag(None, "what to call it in tables, the same for all its seeds; "
-                            "otherwise the captioner or the captions")
-    out: str | None = flag(None, "write the measures to this .json file, those of each picture to "
-                           ".each.jsonl beside it, and the captions to .captions.json")
-    table: Sequence[str] | None = flag(None, "results that --out wrote, to be set in a table",
-                                       nargs="+", action="extend", metavar="RESULTS.json")
-    format: str = flag("markdown", "of --table", ("markdown", "latex"))
+        None, "one or more CLIPs to measure with: open_clip NAME/TAG, hf-hub:NAME, folders or run "
+        "folders; if not given, the CLIP the captioner was trained with, or ViT-B-32/openai",
+        nargs="+", action="extend", group="models")
+    min_length: int = flag(0, "shortest caption, in tokens", number(0), group="decoding")
 
 
 # What stands in results beside the measures: how captions were written, and whose versions.
@@ -4219,8 +4240,18 @@ class Parser(argparse.ArgumentParser):
 
 VERBS = {"train": (TrainConfig, train), "caption": (CaptionConfig, caption),
          "eval": (EvalConfig, evaluate_command)}  # fmt: skip
-TITLES = {TrainConfig: "training", CaptionConfig: "captioning", EvalConfig: "evaluation",
-          Decoding: "captions and models", Method: "the method"}  # fmt: skip
+USAGE = {"train": "[DATA]", "caption": "PATH ...", "eval": "DATA"}
+# What stands for the value of a flag in the help, where neither N nor TEXT says enough.
+METAVARS = dict(images="DIR", captioner="NAME", clip="NAME", recipe="NAME", train_split="SPLIT",
+                split="SPLIT", validation="DATA", test="DATA", out="PATH", captions="PATH",
+                shard="I/N", train_only="REGEX", metrics="METRIC", table="JSON")  # fmt: skip
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help with the examples as they were written, and no word broken at its hyphens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
 
 
 def make_parsers() -> tuple[Parser, dict[str, Parser]]:
@@ -4230,33 +4261,40 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,caption,eval}")
     parsers = {}
     for verb, (cls, _) in VERBS.items():
-        parsers[verb] = verbs.add_parser(verb, help=cls.__doc__, description=cls.__doc__)
+        summary, _, examples = inspect.getdoc(cls).partition("\n\n")
+        options = dict(description=summary, epilog=examples, formatter_class=HelpFormatter)
+        usage = f"%(prog)s {USAGE[verb]} [flags]"
+        parsers[verb] = verbs.add_parser(verb, help=summary, usage=usage, **options)
         fields = {field.name: field for field in dataclasses.fields(cls)}
+        groups, heading = {}, ""
         for base in cls.__mro__[:-1]:  # its own settings first; `object` has none
-            group = parsers[verb].add_argument_group(TITLES[base])
-            for name in [name for name in base.__annotations__ if name in fields]:
-                add_flag(group, fields.pop(name))
-    toy = [f"--{name.replace('_', '-')} {value}" for name, value in TOY.items()]
-    parsers["train"].epilog = f"On the toy world: {' '.join(toy[1:])}."
+            for field in [fields.pop(name) for name in base.__annotations__ if name in fields]:
+                heading = field.metadata.get("group", heading)
+                if heading not in groups:
+                    groups[heading] = parsers[verb].add_argument_group(heading)
+                add_flag(groups[heading], field, TOY if verb == "train" else {})
     return parser, parsers
 
 
-def add_flag(group, field: dataclasses.Field) -> None:
+def add_flag(group, field: dataclasses.Field, toy: dict) -> None:
     """A flag for one setting, or a positional argument where it has `nargs`. What is not given is
-    None, to be told from what is; the help names the default."""
-    options = dict(field.metadata)
+    None, to be told from what is; the help names the default, and that of the toy world."""
+    options = {key: value for key, value in field.metadata.items() if key != "group"}
     if "nargs" in options and "action" not in options:
         group.add_argument(field.name, metavar=field.name.upper(), **options)
         return
     default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+    notes = {"default": default, "toy world": toy.get(field.name)}
+    notes = [f"{key}: {value}" for key, value in notes.items() if value not in (None, "")]
     if isinstance(default, bool):
         options = dict(help=options["help"], action="store_true", default=None)
         if default:  # a flag to switch it off, too
             options["action"] = argparse.BooleanOptionalAction
-    elif default not in (None, ""):
-        options["help"] += f" (default: {default})"
-    if "type" in options and "metavar" not in options:
-        options["metavar"] = {"int": "N", "float": "X"}.get(options["type"].__name__, "TEXT")
+    elif notes:
+        options["help"] += f" ({'; '.join(notes)})"
+    if "type" in options or field.name in METAVARS:
+        usual = {"int": "N", "float": "X"}.get(getattr(options.get("type"), "__name__", ""), "TEXT")
+        options["metavar"] = METAVARS.get(field.name, usual)
     group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
