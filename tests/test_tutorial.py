@@ -2,7 +2,6 @@
 nothing of distcap.py."""
 
 import ast
-import base64
 import inspect
 import json
 import re
