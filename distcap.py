@@ -187,8 +187,7 @@ class Method:
                                     "regularizer has the rest", number(0, 1, float))
     sampled_weight: float = flag(1.0, "weight of the loss on sampled captions (Eq. 2)", WEIGHT)
     ground_truth_weight: float = flag(1.0, "weight of the loss on human captions (Eq. 5)", WEIGHT)
-    discriminator_steps: int = flag(1, "updates of the discriminator or the grammar network in a "
-                                    "step", number(1))
+    discriminator_steps: int = flag(1, "updates of the regularizer's network a step", number(1))
     normalize: bool = flag(True, "learn from captions, and judge them, in lower case and without "
                            "punctuation, as BLIP was trained")
     length_normalizer: str = flag("constant", "what log p of a caption is divided by: a constant, "
@@ -2970,8 +2969,7 @@ class TrainConfig(Method, Decoding):
     examples:
       distcap train
       distcap train --recipe clip-scst --out runs/hacked
-      distcap train dataset_coco.json --images coco/ --precision bf16
-    """
+      distcap train dataset_coco.json --images coco/ --precision bf16"""
     data: str = flag("toy", "folder or file of pictures with captions, in one of the README's "
                      "forms; or toy, a built-in world with a tiny captioner and CLIP of its own",
                      nargs="?", group="data")
@@ -2987,15 +2985,13 @@ class TrainConfig(Method, Decoding):
     recipe: str = flag("distinctive", f"settings of a published method, which other flags "
                        f"override; one of {', '.join(RECIPES)}", tuple(RECIPES),
                        group="method (equations as in the README)")
-    tf_steps: int = flag(0, "steps of teacher forcing, which come first", number(0),
-                         group="training")
+    tf_steps: int = flag(0, "steps of teacher forcing, first", number(0), group="training")
     tf_learning_rate: float = flag(1e-5, "peak learning rate of teacher forcing", WEIGHT)
     steps: int = flag(10_000, "steps of reinforcement learning", number(0))
     learning_rate: float = flag(1e-6, "peak learning rate of reinforcement learning", WEIGHT)
     discriminator_learning_rate: float = flag(
-        7e-5, "learning rate of the discriminator or the grammar network", WEIGHT)
-    pretrain_discriminator: int = flag(0, "steps in which that network learns alone, before "
-                                       "reinforcement learning", number(0))
+        7e-5, "learning rate of the regularizer's network: discriminator or grammar", WEIGHT)
+    pretrain_discriminator: int = flag(0, "steps in which that network learns alone", number(0))
     max_gradient_norm: float = flag(1.0, "the gradient is clipped to this norm", WEIGHT)
     freeze_vision: bool = flag(False, "do not train the vision tower")
     train_only: str | None = flag(None, "train only the parameters in whose names this regular "
@@ -3009,10 +3005,8 @@ class TrainConfig(Method, Decoding):
     save_every: int = flag(500, "steps between saves of what --resume continues from", number(1))
     log_every: int = flag(0, "print three sampled captions every N steps; 0: never", number(0))
     tensorboard: bool = flag(False, "log to TensorBoard too, in the run folder")
-    accumulate: int = flag(1, "batches in a step, whose captions all compete", number(1),
-                           group="computing")
-    gradient_checkpointing: bool = flag(False, "save memory in the vision tower, at some cost in "
-                                        "time")
+    accumulate: int = flag(1, "batches in a step, all competing", number(1), group="computing")
+    gradient_checkpointing: bool = flag(False, "less memory for the vision tower, more time")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3022,18 +3016,14 @@ class CaptionConfig(Decoding):
     examples:
       distcap caption photos/
       distcap caption photos/ --samples 8 --rerank --out captions.csv
-      find . -name '*.jpg' -print0 | distcap caption - --null
-    """
+      find . -name '*.jpg' -print0 | distcap caption - --null"""
     paths: tuple[str, ...] = flag((), "pictures, folders of pictures, or - for a list of them on "
                                   "standard input", nargs="+", group="pictures")
     recursive: bool = flag(True, "search the folders within folders")
     null: bool = flag(False, "the listed names end in null characters, as find -print0 writes them")
-    shard: tuple[int, int] | None = flag(None, "a part of the pictures: 2/4 is the second of four",
-                                         shard_of)
-    out: str | None = flag(None, "write to this .jsonl, .csv or .html file, or continue it",
-                           group="output")
-    sidecar: str | None = flag(None, "write a file with this suffix beside each picture",
-                               (".txt", ".caption"))
+    shard: tuple[int, int] | None = flag(None, "2/4: the second of four parts", shard_of)
+    out: str | None = flag(None, "write or continue this .jsonl, .csv or .html", group="output")
+    sidecar: str | None = flag(None, "write a file beside each picture", (".txt", ".caption"))
     json: bool = flag(False, "print a JSON object a line, for failures too")
     overwrite: bool = flag(False, "caption again what has a caption in --out or --sidecar")
     prefix: str = flag("", "text before each caption")
@@ -3066,8 +3056,7 @@ class EvalConfig(Decoding):
     examples:
       distcap eval runs/toy/test --captioner runs/toy
       distcap eval dataset_coco.json --split test --captions mine.jsonl
-      distcap eval --table first.json second.json --format latex
-    """
+      distcap eval --table first.json second.json --format latex"""
     data: str | None = flag(None, "pictures with captions, as for train", nargs="?", group="data")
     images: str | None = flag(None, "folder of the pictures, if they are not beside the file")
     split: str | None = flag(None, "a split, or a file that lists pictures; if not given, the "
