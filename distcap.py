@@ -172,8 +172,7 @@ class Method:
                           ("rl", "tf"), group="method (equations as in the README)")
     baseline: str = flag("contrastive", "what a caption has to beat: the other captions and "
                          "pictures of the batch (contrastive, Eq. 6), the greedy caption (Eq. 7), "
-                         "its fit to similar pictures (neighbours, Eq. 8), the other samples of "
-                         "its picture (group, Eq. 9), or nothing",
+                         "similar pictures (Eq. 8), a group of samples (Eq. 9), or nothing",
                          ("contrastive", "greedy", "neighbours", "group", "none"))
     direction: str = flag("both", "the half of Eq. 6 that counts",
                           ("both", "image-to-text", "text-to-image"))
@@ -190,8 +189,8 @@ class Method:
     discriminator_steps: int = flag(1, "updates of the regularizer's network a step", number(1))
     normalize: bool = flag(True, "learn from captions, and judge them, in lower case and without "
                            "punctuation, as BLIP was trained")
-    length_normalizer: str = flag("constant", "what log p of a caption is divided by: a constant, "
-                                  "or its own length (for comparison)", ("constant", "caption"))
+    length_normalizer: str = flag("constant", "what a caption's log p is divided by: a constant, "
+                                  "or (to compare) its length", ("constant", "caption"))
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -937,9 +936,8 @@ class Captioner(nn.Module):
         return self.model.get_submodule(self.vision_name)
 
     def checkpoint_vision(self) -> None:
-        """Keep only the inputs of the vision tower's layers, and compute the layers again for the
-        gradient. It saves most of a step's memory, for a quarter more time. transformers can do it
-        too, but only in training mode, with dropout."""
+        """Keep only the inputs of the vision tower's layers, and recompute these for the gradient:
+        far less memory, a quarter more time. (transformers does it in training mode alone.)"""
         from torch.utils.checkpoint import checkpoint
         from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -1501,8 +1499,8 @@ def load_image(image: Path | Image.Image, side: int | None = None) -> Image.Imag
 def find_images(paths: Iterable[str], recursive: bool = True, listed: Sequence[str] = (),
                 notes: list[str] | None = None) -> list[Path]:  # fmt: skip
     """The pictures named, and those in the folders named, each once, in order; hidden ones only if
-    they are named. What is passed over is added to `notes`. Raises UserError for a path that does
-    not exist, and for no picture at all; those `listed` may be missing: each fails when read."""
+    named. What is passed over is added to `notes`. Raises UserError for no pictures, and for a path
+    that does not exist, unless `listed`: it fails when read."""
     found: dict[Path, None] = {}  # a dict keeps the order
     _, suffixes = picture_formats()
     others: Counter[str] = Counter()
@@ -1737,9 +1735,8 @@ class Skipped(NamedTuple):
 
 
 def find_pictures(names: Iterable[str], folders: Sequence[Path]) -> dict[str, Path]:
-    """The paths of the pictures with these names: in one of the folders, by the whole name; else by
-    its last part, if that is unique, also in folders within (COCO has one a split). A missing one
-    gets a path in the first folder. Raises UserError if two pictures fit."""
+    """The paths of pictures: in one of the folders, by the whole name; else by its last part, if it
+    is unique, also in folders within (COCO has one a split). Raises UserError if two fit."""
     basenames = Counter(map(os.path.basename, names))
     inside = [each for folder in folders for each in folder.glob("*") if each.is_dir()]
     found = {}
@@ -1877,9 +1874,8 @@ def batched(items: Sequence, size: int) -> Iterator[Sequence]:
 
 
 def schedule(examples: Sequence[Example], size: int, steps: int, seed: int) -> list[list]:
-    """For each step a batch of pairs: the row of an example, and which of its references to learn
-    from, drawn anew each time. No example is twice in a batch: it would be its own rival in Eq. 6.
-    A longer schedule begins like a shorter one."""
+    """For each step a batch of pairs: an example's row, and which of its references to learn from.
+    No row is twice in a batch: a rival of itself. A longer schedule begins like a shorter one."""
     rng = random.Random(seed)
     batches = []
     for _ in range(steps):
@@ -2105,8 +2101,8 @@ class Run:
 
     @contextlib.contextmanager
     def heed_signals(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM set `stop`, so that no step is left half-done. A second one, after
-        a second or more, ends the program at once: torchrun itself repeats the first."""
+        """Let Ctrl-C and SIGTERM set `stop`, so that no step is left half-done. A second one ends
+        the program, but not within a second of the first, which torchrun passes on as well."""
 
         def ask_to_stop(number: int, frame) -> None:
             if self.stop and time.monotonic() > self.stop + 1:
@@ -2131,9 +2127,8 @@ def average(values: Sequence[float], device: str) -> list[float]:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Average each gradient over all processes, and return them: the gradients of the joint batch,
-    since each process has as many pictures. (DistributedDataParallel could do this only if all the
-    work were done in `forward`; a captioner has two methods for it.)"""
+    """Average each gradient over all processes, and return them: the gradients of the joint batch.
+    (DistributedDataParallel wants all work in one `forward`; a captioner has two methods.)"""
     gradients = [each.grad for each in parameters if each.grad is not None]
     if process_count() > 1:
         for gradient in gradients:
@@ -2636,9 +2631,8 @@ def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
 
 
 def pair_captions(path: Path, rows: Sequence[Row], examples: Sequence[Example]) -> list[str]:
-    """The captions of the rows in the order of the examples, matched by the first kind of name that
-    fits all. Kinds are never mixed, since one picture's id may be another's name. Raises UserError
-    with what is left over, by the kind that leaves least."""
+    """The captions of the rows in the order of the examples, by the first kind of name that fits
+    all: one picture's id may be another's name. Raises UserError with what is left over."""
     ids = [example.image_id for example in examples]
     files = [str(example.image) for example in examples]
     kinds = [(str, ids), (os.path.basename, files), (lambda name: Path(name).stem, files)]
@@ -3077,9 +3071,8 @@ class EvalConfig(Decoding):
                                        action="extend")
     format: str = flag("markdown", "form of the table", ("markdown", "latex"))
     clip: Sequence[str] | None = flag(
-        None, "one or more CLIPs to measure with: open_clip NAME/TAG, hf-hub:NAME, folders or run "
-        "folders; if not given, the CLIP the captioner was trained with, or ViT-B-32/openai",
-        nargs="+", action="extend", group="models")
+        None, "one or more CLIPs, named as for train; if not given, that of the captioner's "
+        "training, or ViT-B-32/openai", nargs="+", action="extend", group="models")
     min_length: int = flag(0, "shortest caption, in tokens", number(0), group="decoding")
 
 
@@ -3587,9 +3580,8 @@ def sample_by_picture(captioner: Captioner, features: Tensor, pixels: Tensor, ma
                       **limits) -> Tensor:  # fmt: skip
     """Draw `count` captions of each picture: (B, L, H), (B, 3, height, width) -> (K*B, P + T).
 
-    The random numbers of a picture are its own: they come from a hash of its pixels, so that it
-    gets the same captions whatever its name, its place and its batch. Each token takes one number:
-    it is the token at which the cumulative distribution reaches it."""
+    Random numbers come from a hash of a picture's pixels: it gets the same captions whatever its
+    name, place and batch. Each token takes one, where its cumulative distribution reaches it."""
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
     uniform = []
@@ -4221,7 +4213,7 @@ class Parser(argparse.ArgumentParser):
 VERBS = {"train": (TrainConfig, train), "caption": (CaptionConfig, caption),
          "eval": (EvalConfig, evaluate_command)}  # fmt: skip
 USAGE = {"train": "[DATA]", "caption": "PATH ...", "eval": "DATA"}
-# What stands for the value of a flag in the help, where neither N nor TEXT says enough.
+# What the help calls a flag's value, where neither N nor TEXT says enough.
 METAVARS = dict(images="DIR", captioner="NAME", clip="NAME", recipe="NAME", train_split="SPLIT",
                 split="SPLIT", validation="DATA", test="DATA", out="PATH", captions="PATH",
                 shard="I/N", train_only="REGEX", metrics="METRIC", table="JSON")  # fmt: skip
