@@ -3033,10 +3033,10 @@ class CaptionConfig(Decoding):
                         number(0, 1, float))
     rerank: bool = flag(False, "keep the sample (of 8, unless --samples is given) by which CLIP "
                         "best tells the picture from the others")
-    min_length: int | None = flag(None, "shortest caption, in tokens; if not given, 5 with the "
-                                  "prompt, as BLIP counts", number(0))
-    max_length: int | None = flag(None, "longest caption, in tokens; if not given, 20 with the "
-                                  "prompt, as BLIP counts", number(1))
+    min_length: int | None = flag(None, "shortest caption, in tokens; if not given, 5 including "
+                                  "the prompt, as BLIP counts", number(0))
+    max_length: int | None = flag(None, "longest caption, in tokens; if not given, 20 including "
+                                  "the prompt, as BLIP counts", number(1))
     repetition_penalty: float = flag(1.0, "above 1, words are less likely to be repeated",
                                      number(0.01, kind=float))
     no_repeat_ngram_size: int = flag(0, "never repeat N words in a row; 0: allowed", number(0))
@@ -3071,8 +3071,8 @@ class EvalConfig(Decoding):
                                        action="extend")
     format: str = flag("markdown", "form of the table", ("markdown", "latex"))
     clip: Sequence[str] | None = flag(
-        None, "one or more CLIPs, named as for train; if not given, that of the captioner's "
-        "training, or ViT-B-32/openai", nargs="+", action="extend", group="models")
+        None, "one or more CLIPs, named as for train; if not given, the one that the captioner "
+        "was trained with, or ViT-B-32/openai", nargs="+", action="extend", group="models")
     min_length: int = flag(0, "shortest caption, in tokens", number(0), group="decoding")
 
 
