@@ -178,11 +178,11 @@ class Method:
     """
 
     # fmt: off
-    objective: str = flag("rl", "reinforcement learning after teacher forcing, or teacher forcing "
-                          "alone (Eq. 1)", ("rl", "tf"))
-    baseline: str = flag("contrastive", "what a caption is held against, in reward and advantage: "
-                         "the pool (Eq. 6), the greedy caption (Eq. 7), similar images (Eq. 8), "
-                         "other samples (Eq. 9), or nothing",
+    objective: str = flag("rl", "reinforcement learning, or teacher forcing alone (Eq. 1)",
+                          ("rl", "tf"), group="method (equations as in the README)")
+    baseline: str = flag("contrastive", "what a caption has to beat: the other captions and "
+                         "pictures of the batch (contrastive, Eq. 6), the greedy caption (Eq. 7), "
+                         "similar pictures (Eq. 8), a group of samples (Eq. 9), or nothing",
                          ("contrastive", "greedy", "neighbours", "group", "none"))
     direction: str = flag("both", "the half of Eq. 6 that counts",
                           ("both", "image-to-text", "text-to-image"))
@@ -190,16 +190,17 @@ class Method:
                             "discriminator that keeps pace, with --discriminator-steps 5",
                             ("discriminator", "paced", "kl", "cider", "grammar", "none"))
     samples: int = flag(1, "captions sampled for each picture", number(1))
-    neighbours: int = flag(0, "similar images; with Eq. 6, hard negatives", number(0))
-    similarity_weight: float = flag(0.94, "alpha of Eq. 3; the regularizer gets the rest",
-                                    number(0, 1, float))
-    sampled_weight: float = flag(1.0, "weight of sampled captions (Eq. 2)", WEIGHT)
-    ground_truth_weight: float = flag(1.0, "weight of human captions (Eq. 5)", WEIGHT)
+    neighbours: int = flag(0, "similar pictures to compare with; with Eq. 6 they join the batch "
+                           "as hard negatives", number(0))
+    similarity_weight: float = flag(0.94, "weight of CLIP's reward (alpha of Eq. 3); the "
+                                    "regularizer has the rest", number(0, 1, float))
+    sampled_weight: float = flag(1.0, "weight of the loss on sampled captions (Eq. 2)", WEIGHT)
+    ground_truth_weight: float = flag(1.0, "weight of the loss on human captions (Eq. 5)", WEIGHT)
     discriminator_steps: int = flag(1, "updates of the regularizer's network a step", number(1))
-    normalize: bool = flag(True, "train on captions, and judge them, in lower case and without "
+    normalize: bool = flag(True, "learn from captions, and judge them, in lower case and without "
                            "punctuation, as BLIP was trained")
-    length_normalizer: str = flag("constant", "what log p of a caption is divided by: a constant, "
-                                  "or its own length (for comparison)", ("constant", "caption"))
+    length_normalizer: str = flag("constant", "what a caption's log p is divided by: a constant, "
+                                  "or (to compare) its length", ("constant", "caption"))
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -652,7 +653,7 @@ def process_count() -> int:
 
 
 def process_rank() -> int:
-    """Which of them this one is, from 0."""
+    """The number of this process, from 0."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
@@ -681,7 +682,7 @@ def normalize_caption(caption: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """B pictures to learn from, none twice: its own copy would be a rival in Eq. 6."""
+    """B pictures to learn from, all different: a copy would be its own rival in Eq. 6."""
 
     index: Tensor  # (B,): their rows in the data set
     ground_truth: list[str]  # B texts: of each picture one human caption, one of its references
@@ -911,7 +912,7 @@ class Captioner:
 
     @property
     def writer(self) -> nn.Module:
-        """The part of the model that writes. A part without a name is the whole model."""
+        """The part of the model that writes: all of it, if the name is empty."""
         return self.model.get_submodule(self.writer_name)
 
     @property
@@ -924,9 +925,8 @@ class Captioner:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
 
     def checkpoint_vision(self) -> None:
-        """Keep of the vision tower's layers only what goes in, and compute them again for the
-        gradient: most of the memory of a step, for a quarter more time. transformers can do so too,
-        but only in training mode, with dropout."""
+        """Keep only the inputs of the vision tower's layers, and recompute these for the gradient:
+        far less memory, a quarter more time. (transformers does it in training mode alone.)"""
         from torch.utils.checkpoint import checkpoint
         from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -937,8 +937,8 @@ class Captioner:
     def inputs(self, features: Tensor, tokens: Tensor, image_index: Tensor, share=True) -> dict:
         """The writer's arguments: the tokens so far (C, P + T), and what it sees of their images.
 
-        Cross-attention's keys and values are the image's, whatever the caption. To `share` them is
-        to compute them once for each of the B images, in a cache that the writer finds filled."""
+        Cross-attention's keys and values depend on the image alone. If they are to be shared, they
+        are computed once for each of the B images, in a cache that the writer finds filled."""
         if not share:
             return {"input_ids": tokens, "encoder_hidden_states": features[image_index]}
         from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -999,7 +999,7 @@ class Captioner:
         """Write an ordinary Hugging Face folder, which transformers loads without distcap."""
         for part in (self.model, self.image_processor, self.tokenizer):
             part.save_pretrained(folder)
-        for file in folder.glob("*.safetensors"):  # made for their owner's eyes only
+        for file in folder.glob("*.safetensors"):  # which only their owner may read, when new
             file.chmod((folder / "config.json").stat().st_mode)
 
     def train_only(self, pattern: str) -> None:
@@ -1024,7 +1024,7 @@ class Captioner:
             raise UserError(f"--max-length {max_length}: {most}")
 
     def tokenize(self, captions: Sequence[str], max_length: int) -> Tensor:
-        """Captions as tokens (B, P + T). One of more than `max_length` is cut and has no end."""
+        """Captions as tokens (B, P + T). One longer than `max_length` is cut, without an end."""
         texts = [f"{self.before}{caption}".strip() for caption in captions]
         words = self.tokenizer(texts, add_special_tokens=False).input_ids
         words = [[*row[self.skipped :], self.end][:max_length] for row in words]
@@ -1042,14 +1042,14 @@ class Captioner:
 
     def sample(self, features: Tensor, max_length: int, count: int = 1, temperature: float = 1.0,
                top_p: float = 1.0, **limits) -> Tensor:  # fmt: skip
-        """Draw `count` captions of each image: (B, L, H) -> (K*B, P + T), an image's in a row. From
-        p(c|i) itself unless told otherwise: REINFORCE needs that, and generate's default of the 50
-        likeliest tokens would break it. `limits` are generate's, as min_new_tokens."""
+        """Draw `count` captions of each image: (B, L, H) -> (K*B, P + T), an image's in a row. They
+        come from p(c|i) itself by default, as REINFORCE assumes; generate's own default, the 50
+        likeliest tokens, would not. `limits` are generate's, such as min_new_tokens."""
         drawing = dict(do_sample=True, top_k=0, top_p=top_p, temperature=temperature)
         return self.generate(features, max_length, count, **drawing, **limits)
 
     def greedy(self, features: Tensor, max_length: int) -> Tensor:
-        """Of each image the caption whose every token is the likeliest: (B, L, H) -> (B, P + T)."""
+        """A caption of each image, always the likeliest token next: (B, L, H) -> (B, P + T)."""
         return self.search(features, max_length)
 
     def sample_and_greedy(self, features: Tensor, max_length: int, count: int) -> tuple:
@@ -1083,9 +1083,8 @@ class Captioner:
     def log_probs(self, features: Tensor, tokens: Tensor,
                   image_index: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """log p of each token after the start, given those before it, in nats; and the mask:
-        (B, L, H), (C, P + T), (C,) -> (C, T), (C, T). `image_index` tells each caption's image; if
-        not given, there is one caption of each. Differentiable down to the pixels. What stands
-        where the mask is 0 means nothing."""
+        (B, L, H), (C, P + T), (C,) -> (C, T), (C, T). `image_index` tells each caption's image; by
+        default there is one of each. Differentiable down to the pixels; meaningless if masked."""
         if image_index is None:
             image_index = torch.arange(len(tokens), device=tokens.device)
         words = tokens[:, len(self.start) :]  # (C, T)
@@ -1150,8 +1149,8 @@ PLAIN = {"paligemma": ("caption en", "<image>{}\n"), "blip-2": ("", "{} ")}
 class ImageText(GIT):
     """Any other image-text-to-text model with a decoder alone: Qwen-VL, SmolVLM, LLaVA, Gemma 3...
 
-    Its features are what its processor makes of each picture and of what is asked: tokens and
-    pixels, as many as it likes. `tokens` are then (C, T), without what is asked."""
+    Its features are what its processor makes of each picture and the question: tokens and pixels,
+    as many as it likes. `tokens` are then (C, T), without the question."""
 
     default_prompt = "Describe this picture in one sentence."
 
@@ -1197,7 +1196,7 @@ class ImageText(GIT):
         return before, after
 
     def inputs(self, features: list, tokens: Tensor, image_index: Tensor, share=True) -> dict:
-        """The writer's arguments: for each caption what is asked, then its tokens so far."""
+        """The writer's arguments: for each caption the question, then its tokens so far."""
         rows = [features[row] for row in image_index.tolist()]
         suffix = self.model.config.model_type == "paligemma"  # its type of what is causal
         kinds = dict(input_ids=tokens.long(), attention_mask=1, token_type_ids=int(suffix))
@@ -1222,7 +1221,7 @@ class ImageText(GIT):
         return [each.to(self.model.device) for each in pixels]
 
     def generate(self, features: list, max_length: int, count: int = 1, **options) -> Tensor:
-        """As for every captioner, less what is asked."""
+        """As for every captioner, without the question."""
         tokens = super().generate(features, max_length, count, **options)
         return tokens[:, max(each["input_ids"].shape[1] for each in features) :]
 
@@ -1238,7 +1237,7 @@ def prepare_pixels(image_processor, pictures: Sequence[Image.Image]) -> Tensor:
 
 
 def prepare_prompts(processor, asked: str, pictures: Sequence[Image.Image]) -> list:
-    """What a checkpoint's processor makes of each picture and what is asked, one by one."""
+    """What a checkpoint's processor makes of each picture and the question, one by one."""
     torch.multiprocessing.set_sharing_strategy("file_system")  # files would be too many to be open
     bos = processor.tokenizer.bos_token
     options = dict(add_special_tokens=False) if bos and asked.startswith(bos) else {}
@@ -1247,7 +1246,7 @@ def prepare_prompts(processor, asked: str, pictures: Sequence[Image.Image]) -> l
 
 
 def stack_padded(parts: Sequence[Tensor], left: bool) -> Tensor:
-    """Tensors of any sizes one below the other, with zeros to the left or right of the smaller."""
+    """Tensors of different sizes stacked, the smaller padded with zeros on the left or right."""
     sizes = torch.tensor([part.shape[1:] for part in parts])
     gaps = (sizes.amax(dim=0) - sizes).flip(1)  # F.pad begins with the last dimension
     sides = torch.stack([gaps * left, gaps * (not left)], dim=2).flatten(1).tolist()
@@ -1268,8 +1267,8 @@ def local_folder(name: str, inside: str, wanted: str, kinds: Sequence[str]) -> P
 
 
 def download(name: str, kinds: Sequence[str]) -> Path:
-    """A repository of the Hub, from the cache if it cannot be reached: its small files, and its
-    weights of the first of `kinds` that it offers. Raises ValueError if it offers none."""
+    """A repository of the Hub, or its copy in the cache if the Hub cannot be reached: small files,
+    and weights of the first of `kinds` that it offers. Raises ValueError if it offers none."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -1379,7 +1378,7 @@ class CLIP:
         return torch.cat(rows)[[row_of[caption] for caption in captions]]
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens as unit rows. OpenAI's kind of text tower is causal and pools at the end token, so
+        """Tokens as unit rows. A text tower like OpenAI's is causal and pools at the end token, so
         it need not read the padding after it, which is most of its 77 tokens."""
         model = self.model
         if type(model).__name__ != "CLIP" or getattr(model, "text_pool_type", "") != "argmax":
@@ -1398,8 +1397,8 @@ def stack_pixels(preprocess: Callable, pictures: Sequence[Image.Image]) -> Tenso
 # ---- 8  Data: pictures, data sets, and reading ahead ---------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A picture, on disk or in memory, and what people wrote of it. `split` (train, val, test):
-    where the data say so. `scene`: in the toy world."""
+    """A picture, on disk or in memory, and what people wrote of it. `split` is what the data say
+    (train, val, test), if anything. The toy world's pictures have a `scene`."""
 
     image_id: str
     image: Path | Image.Image
@@ -1409,16 +1408,16 @@ class Example:
 
 
 HEIF = (".heic", ".heif", ".hif")
-# Readers of Pillow's that run another program, or only know what kind of file it is.
+# Formats for which Pillow runs another program, or which it recognizes but cannot read.
 NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-# What pictures have beside them, and is none.
+# Files that are often beside pictures.
 COMPANIONS = (".jsonl", ".csv", ".html", ".json", ".txt", ".caption", ".part")
 
 
 @functools.cache
 def picture_formats() -> tuple[list[str], tuple[str, ...]]:
     """The formats that can be read, as Image.open wants them, and the suffixes of such files. HEIC
-    is read where pillow-heif is installed, and looked for in any case."""
+    can be read where pillow-heif is installed; its suffixes are there in any case."""
     Image.init()
     with contextlib.suppress(ImportError):
         import pillow_heif
@@ -1430,9 +1429,9 @@ def picture_formats() -> tuple[list[str], tuple[str, ...]]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """A picture of which only the head was read. Raises OSError with the true reason."""
+    """A picture of which only the header is read. Raises OSError with the true reason."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("a folder" if path.is_dir() else "not a file")  # a pipe would be waited for
+        raise OSError("a folder" if path.is_dir() else "not a file")  # a pipe would make us wait
     formats, _ = picture_formats()
     try:
         return Image.open(path, formats=formats)
@@ -1448,11 +1447,11 @@ def open_image(path: Path) -> Image.Image:
 
 
 def eight_bits(picture: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits or of floats, as 8 bits.
+    """Grey pictures of 16 or 32 bits, or of floats, as 8 bits.
 
-    Black is 0, and white the first of 1, 255 and 65535 that 99.9 % of the pixels stay within. If
-    those span less than half of it, as 12 bits of a camera in a file of 16, or if there is no such
-    white, they are stretched: black and white are their own limits. What is no number is black."""
+    Black is 0, and white the first of 1, 255 and 65535 that 99.9 % of the pixels do not exceed.
+    If these span less than half of that range, as a camera's 12 bits do in a file of 16, or exceed
+    it, they are stretched to their own limits. NaN is black."""
     values = numpy.asarray(picture.convert("F"))
     values = numpy.nan_to_num(values, posinf=0, neginf=0)
     low, high = numpy.percentile(values, (0.1, 99.9))
@@ -1467,12 +1466,12 @@ def eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def load_image(image: Path | Image.Image, side: int | None = None) -> Image.Image:
-    """Any picture as upright RGB: EXIF rotation is applied, transparency becomes white (but of a
-    picture that is transparent all over, the colours are shown), more than 8 bits become 8 (see
-    `eight_bits`), of a film the first frame is taken. Raises UserError for what cannot be read.
+    """Any picture as upright RGB. EXIF rotation is applied; transparency becomes white, unless all
+    of the picture is transparent; more than 8 bits become 8 (see `eight_bits`); of an animation,
+    the first frame is taken. Raises UserError for what cannot be read.
 
-    For a model that wants pictures of `side` pixels, a larger one is reduced to a half, a third and
-    so on of its size, which saves memory and time, but never to less than twice what is wanted."""
+    For a model that wants pictures of `side` pixels, larger ones are reduced to a half, a third and
+    so on, though never to less than twice that side: it saves memory and time."""
     with explain(f"{image}: cannot be read"):
         picture = open_image(image) if isinstance(image, Path) else image
         if side:
@@ -1504,7 +1503,7 @@ def find_images(paths: Sequence[str], recursive: bool = True,
     others: Counter[str] = Counter()
     notes = [] if notes is None else notes
 
-    def keep(error: OSError) -> None:  # a file, or a folder that must not be read: fails later
+    def keep(error: OSError) -> None:  # a file, or a folder we may not read: fails later
         found[Path(error.filename)] = None
 
     for path in paths:
@@ -1529,7 +1528,7 @@ def find_images(paths: Sequence[str], recursive: bool = True,
 
 def read_text(path: Path) -> str:
     """A file in UTF-8, with or without a byte order mark; each line ends in "\\n". Raises UserError
-    with the line that is not UTF-8: characters read wrongly would be trained on."""
+    with the line that is not UTF-8, lest we train on wrong characters."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -1545,7 +1544,7 @@ def numbered(text: str) -> list[tuple[int, str]]:
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """Write a file whole or not at all: beside it first, then in its place. A link is followed."""
+    """Write a file whole or not at all: a partial one first, then renamed. Links are followed."""
     path = Path(os.path.realpath(path))
     partial = path.with_name(path.name + ".partial")
     try:
@@ -1556,7 +1555,7 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
 
 
 class Row(NamedTuple):
-    """What a data file says of a picture, in one of perhaps many places."""
+    """What one line or entry of a data file says of a picture. There may be several."""
 
     name: str
     captions: list[str]
@@ -1569,8 +1568,8 @@ CAPTION_KEYS = ("caption", "captions", "text", "comment")
 
 
 def make_row(where: str, fields: dict) -> Row:
-    """Check what a data file says of a picture, `where` it says it. Raises UserError if that is no
-    name, or no texts. There may be no caption, or an empty one."""
+    """Check one entry of a data file; `where` is its place. Raises UserError if the name or the
+    captions are not texts. Captions may be empty or missing."""
     if not isinstance(fields, dict):
         raise UserError(f"{where}: not a JSON object with file_name and caption")
     name = next((fields[key] for key in NAME_KEYS if key in fields), None)
@@ -1610,7 +1609,7 @@ def read_csv(path: Path, text: str, delimiter: str) -> Iterator[Row]:
     quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     header: list[str] = []
     for number, line in numbered(text):
-        # By itself: a quote that is never closed would swallow the lines of other pictures.
+        # Each line alone: a quote that is never closed would swallow those of other pictures.
         what = f"{path}:{number}: not a whole line of a table"
         with explain(what, "; a quoted text must end in its line"):
             (cells,) = csv.reader([line], delimiter=delimiter, quoting=quoting, strict=True)
@@ -1674,7 +1673,7 @@ def read_json(path: Path, text: str) -> Iterator[Row]:
 
 
 def read_sidecars(folder: Path) -> Iterator[Row]:
-    """Rows of a folder of pictures, beside each a text file of its name, with a caption a line."""
+    """Rows of a folder of pictures, with a caption a line in the .txt file beside each."""
     for image in find_images([str(folder)]):
         sidecar = image.with_suffix(".txt")
         lines = numbered(read_text(sidecar)) if sidecar.is_file() else []
@@ -1684,7 +1683,7 @@ def read_sidecars(folder: Path) -> Iterator[Row]:
 
 
 def unknown_form(path: Path, found: str) -> UserError:
-    """What to raise for data in a form that distcap does not know."""
+    """The error for data in a form that distcap does not know."""
     known = "metadata.jsonl or .csv, JSON of COCO or Karpathy, a table with image and caption, "
     known += "name#number tab caption, or pictures with .txt files"
     return UserError(f"{path}: {found}; looked for {known}")
@@ -1721,16 +1720,15 @@ def read_data(path: Path) -> Iterator[Row]:
 
 
 class Skipped(NamedTuple):
-    """What of a data set is not used, and why."""
+    """Something in a data set that is not used, and why."""
 
     name: str
     reason: str
 
 
 def find_pictures(names: Iterable[str], folders: Sequence[Path]) -> dict[str, Path]:
-    """Where the pictures of these names are: in one of the folders, by the whole name; else, by the
-    last part of it, if that means one picture, in them or in the folders within (COCO has one for
-    each split). What is nowhere is said to be in the first. Raises UserError for two candidates."""
+    """The paths of pictures: in one of the folders, by the whole name; else by its last part, if it
+    is unique, also in folders within (COCO has one a split). Raises UserError if two fit."""
     basenames = Counter(map(os.path.basename, names))
     inside = [each for folder in folders for each in folder.glob("*") if each.is_dir()]
     found = {}
@@ -1748,8 +1746,8 @@ def find_pictures(names: Iterable[str], folders: Sequence[Path]) -> dict[str, Pa
 
 
 def join_rows(rows: Iterable[Row], folders: Sequence[Path]) -> list[Example]:
-    """One example for each picture, however many rows and names it has, with all they say of it,
-    be it there or not. The names are relative to one of the folders."""
+    """One example for each picture, existing or not, with what all its rows say, under whatever
+    name. Names are relative to one of the folders."""
     rows = list(rows)
     images = find_pictures(dict.fromkeys(row.name for row in rows), folders)
     pictures: dict[str, Row] = {}  # by the place on disk
@@ -1813,7 +1811,7 @@ def read_examples(
 def choose_split(
     data: str, examples: Sequence[Example], split: str, skipped: list
 ) -> list[Example]:
-    """The examples of a split that the data names (train: restval too), or that a file lists: an
+    """The examples of a split: one that the data name (train with restval), or a file that lists an
     image_id or file name a line, with or without its suffix."""
     if os.path.isfile(split):
         owners: dict[str, list[Example]] = {}
@@ -1842,14 +1840,14 @@ def choose_split(
 
 
 def write_rows(path: Path, rows: dict[str, dict]) -> None:
-    """Write {name: what else there is to say} as JSON lines, whole or not at all."""
+    """Write {name: other fields} as JSON lines, whole or not at all."""
     lines = [json.dumps({"file_name": name} | row) + "\n" for name, row in rows.items()]
     write_text(path, "".join(lines))
 
 
 def write_examples(folder: Path, examples: Sequence[Example]) -> list[Example]:
-    """Save examples as a metadata.jsonl, which leads to pictures on disk; those in memory are saved
-    beside it as PNG files. Returns them as `read_examples` does."""
+    """Save examples as a metadata.jsonl with paths of the pictures on disk; those in memory are
+    saved beside it as PNG files. Returns them as `read_examples` does."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = {}
     for example in examples:
@@ -1872,9 +1870,8 @@ def batched(items: Sequence, size: int) -> Iterator[Sequence]:
 
 
 def schedule(examples: Sequence[Example], size: int, steps: int, seed: int) -> list[list]:
-    """For each step a batch of pairs: row of an example, and which of its references to learn from.
-    Drawn anew each time, never the same example twice in a batch: it would be its own rival in
-    Eq. 6. A longer schedule begins like a shorter one."""
+    """For each step a batch of pairs: an example's row, and which of its references to learn from.
+    No row is twice in a batch: a rival of itself. A longer schedule begins like a shorter one."""
     rng = random.Random(seed)
     batches = []
     for _ in range(steps):
@@ -1885,7 +1882,7 @@ def schedule(examples: Sequence[Example], size: int, steps: int, seed: int) -> l
 
 class CaptionDataset:
     """Examples to learn from. Item [(row, which), ...] is a whole Batch, ready for the captioner.
-    Pictures that are in memory already, as those of the toy world, are prepared once for all."""
+    Pictures already in memory, like those of the toy world, are prepared once and for all."""
 
     def __init__(self, examples: Sequence[Example], prepare: Callable, side: int | None = None):
         self.examples, self.side = examples, side
@@ -1903,7 +1900,7 @@ class CaptionDataset:
             return Batch(torch.tensor(rows), ground_truth, self.prepared[rows])
         try:
             pictures = [load_image(self.examples[row].image, self.side) for row in rows]
-        except UserError as error:  # returned, since a worker process would wrap what it raises
+        except UserError as error:  # returned, since a worker process would wrap the exception
             return error
         return Batch(torch.tensor(rows), ground_truth, self.prepare(pictures))
 
@@ -1960,7 +1957,7 @@ def thumbnail(picture: Image.Image) -> str:
 
 
 def own_share(items: Sequence) -> Sequence:
-    """Of things to do, this process's part; `put_together` puts the results in order again."""
+    """This process's part of the things to do; `put_together` joins the results in order."""
     rank, count = process_rank(), process_count()
     return items[rank * len(items) // count : (rank + 1) * len(items) // count]
 
@@ -1975,7 +1972,7 @@ def put_together(items: list) -> list:
 
 
 def wait_for_all() -> None:
-    """Go on when all processes are here: what the first one wrote can then be read."""
+    """Wait for the other processes: afterwards, what the first one wrote can be read."""
     if process_count() > 1:
         torch.distributed.barrier()
 
@@ -1990,7 +1987,7 @@ class Bar(tqdm):
 
     @staticmethod
     def status_printer(file) -> Callable:
-        """The function that shows a status: tqdm's own overwrites the last one, in a file too."""
+        """The function that shows a status: tqdm's own overwrites the last one, in files too."""
         if sys.stderr.isatty():
             return tqdm.status_printer(file)
         return lambda status: status and print(status, file=file, flush=True)
@@ -2004,7 +2001,7 @@ def begin_worker(_: int) -> None:
 
 @contextlib.contextmanager
 def hold_interrupts() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the block."""
+    """Hold Ctrl-C back until the end of the block."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's
         return
@@ -2024,7 +2021,7 @@ def read_ahead(dataset, order: Sequence, workers: int) -> Iterator:
     options = dict(num_workers=workers, worker_init_fn=begin_worker)
     items = iter(torch.utils.data.DataLoader(dataset, None, sampler=order, **options))
     for _ in order:
-        with hold_interrupts():  # else Ctrl-C may leave a lock of the loader's locked for ever
+        with hold_interrupts():  # else Ctrl-C may leave one of the loader's locks locked for good
             item = next(items)
         if isinstance(item, UserError):
             raise item
@@ -2038,8 +2035,7 @@ STAGES = ("clip", "tf", "discriminator", "rl")  # in this order
 class Run:
     """The folder of a training run: its log, and the state from which it can be resumed.
 
-    Of several processes only the first writes. A state is written whole or not at all. Without a
-    folder, nothing is written."""
+    Only the first of several processes writes. Without a folder, nothing is written."""
 
     def __init__(
         self, folder: Path | None = None, resume: bool = False, tensorboard: bool = False
@@ -2051,10 +2047,10 @@ class Run:
             with explain(f"{folder}/state.pt: cannot be read", "; remove it to start again"):
                 path = folder / "state.pt"
                 self.state = torch.load(path, map_location="cpu", weights_only=True)
-        # What else is to be remembered: the captions before RL, the best weights so far, ...
+        # What else to remember: the captions before RL, the best weights so far, ...
         self.notes: dict = self.state.get("notes", {})
-        self.parts: dict[str, nn.Module] = {}  # what every stage saves, also one that leaves it be
-        self.stop = 0.0  # when it was asked to, if it was
+        self.parts: dict[str, nn.Module] = {}  # what every stage saves, even if it is not trained
+        self.stop = 0.0  # the time at which it was asked to stop, if it was
         self.board = None
         if self.writes and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -2065,7 +2061,7 @@ class Run:
                 log.truncate(self.state.get("log_size", 0))  # what came after will come again
 
     def write(self, **record) -> None:
-        """Add a line to log.jsonl. A number that is not finite, which JSON lacks, becomes null."""
+        """Add a line to log.jsonl. JSON has no number that is not finite: it becomes null."""
         for name, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
                 record[name] = None
@@ -2085,25 +2081,25 @@ class Run:
         (self.folder / "state.pt.partial").replace(self.folder / "state.pt")
 
     def is_past(self, stage: str) -> bool:
-        """Whether the state that the run was resumed from is of a later stage."""
+        """Whether the run was resumed from a later stage than this."""
         return bool(self.state) and STAGES.index(self.state["stage"]) > STAGES.index(stage)
 
     def restore(self, stage: str, steps: int, parts: dict) -> int:
-        """Put the saved states into `parts`; return how many of the stage's `steps` are done. Of a
-        stage before the saved one, that is all, and there is nothing to put back."""
+        """Load the saved states into `parts`; return how many of the stage's `steps` are done: all
+        of them, with nothing to load, if the run was resumed from a later stage."""
         if self.is_past(stage):
             return steps
         if self.state.get("stage") != stage:
             return 0
-        state, self.state = self.state, {"stage": stage}  # it is large, and put back once
+        state, self.state = self.state, {"stage": stage}  # it is large, and needed once
         for name, part in (self.parts | parts).items():
             part.load_state_dict(state[name])
         return state["step"]
 
     @contextlib.contextmanager
     def heed_signals(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM set `stop`, so that no step is left half-done. The second time
-        they end the program where it is, unless at once: torchrun passes on what came by itself."""
+        """Let Ctrl-C and SIGTERM set `stop`, so that no step is left half-done. A second one ends
+        the program, but not within a second of the first, which torchrun passes on as well."""
 
         def ask_to_stop(number: int, frame) -> None:
             if self.stop and time.monotonic() > self.stop + 1:
@@ -2128,9 +2124,8 @@ def average(values: Sequence[float], device: str) -> list[float]:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Make each gradient its mean over all processes, and return them. That is the gradient of the
-    joint batch, since each process has as many pictures. (DistributedDataParallel does this where a
-    module's `forward` does all the work; a captioner has two methods that do.)"""
+    """Average each gradient over all processes, and return them: the gradients of the joint batch.
+    (DistributedDataParallel wants all work in one `forward`; a captioner has two methods.)"""
     gradients = [each.grad for each in parameters if each.grad is not None]
     if process_count() > 1:
         for gradient in gradients:
@@ -2151,7 +2146,7 @@ def fit(
     learner: Learner | None = None,
     validate: Callable[[], dict] | None = None,
 ) -> None:
-    """The loop of every stage: a batch, a loss, a gradient, an update if all of it is finite.
+    """The loop of every stage: a batch, a loss, a gradient, and an update if all of it is finite.
 
     `batches(n)` are the batches from the n-th on. `step` takes one, and returns its loss, or those
     of its parts, and what to log. `model` learns by AdamW with a one-cycle learning rate, and the
@@ -2192,13 +2187,13 @@ def fit(
 
 
 def step_seed(config: TrainConfig, number: int) -> int:
-    """The seed of a step, for each process another one."""
+    """The seed of a step, a different one in each process."""
     return (config.seed * 1_000_003 + number) * process_count() + process_rank()
 
 
 def make_optimizers(model: nn.Module, learning_rate: float, network: nn.Module,
                     config: TrainConfig) -> dict[str, torch.optim.Optimizer]:  # fmt: skip
-    """AdamW for what is to be learned of the model and, if anything, of a regularizer's network."""
+    """AdamW for the trainable weights of the model and, if it has any, a regularizer's network."""
     rates = {"model": learning_rate, "network": config.discriminator_learning_rate}
     optimizers = {}
     for name, module in (("model", model), ("network", network)):
@@ -2218,8 +2213,7 @@ def update(
     config: TrainConfig,
     run: Run,
 ) -> dict[str, float]:
-    """One step of all optimizers, or of none if anything is not finite. Returns what to log, which
-    is the same for all processes."""
+    """One step of all optimizers, or of none if anything is not finite. Returns what to log."""
     # Gradients.
     for optimizer in optimizers.values():
         optimizer.zero_grad()
@@ -2257,7 +2251,7 @@ def rehearse(learner: Learner, optimizers: dict[str, torch.optim.Optimizer]) -> 
 
 def show_progress(bar: Bar, stage: str, number: int, record: dict, config: TrainConfig, run: Run,
                   learner: Learner | None) -> None:  # fmt: skip
-    """Tell the bar how it goes, TensorBoard too if it is wanted, and some captions now and then."""
+    """Report progress on the bar, in TensorBoard if wanted, and by a few captions now and then."""
     names = ("reward", "discriminator_accuracy", "mean_length", "ground_truth_share")
     shown = {name: record[name] for name in names if name in record} or {"loss": record["loss"]}
     bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
@@ -2274,7 +2268,7 @@ def show_progress(bar: Bar, stage: str, number: int, record: dict, config: Train
 
 def keep_best(model: nn.Module, measures: dict, stage: str, number: int, config: TrainConfig,
               run: Run) -> None:  # fmt: skip
-    """Log what validation found. Remember the weights if they are the best so far by --select."""
+    """Log the validation. Remember the weights if they are the best so far by --select."""
     run.write(stage=stage, step=number, validation=measures)
     best = run.notes.get("best", {"value": -math.inf})
     if config.select != "last" and measures[config.select] > best["value"]:
@@ -2284,8 +2278,7 @@ def keep_best(model: nn.Module, measures: dict, stage: str, number: int, config:
 
 
 def give_up(stage: str, step: int, run: Run) -> None:
-    """End a run whose state was just saved. Raises UserError after ten steps in a row that were not
-    finite, KeyboardInterrupt if it was asked to stop."""
+    """End a run after a save: UserError after ten steps that were not finite, else as by Ctrl-C."""
     if run.notes["failures"] >= 10:
         advice = "try a lower --learning-rate"
         raise UserError(f"{stage}: ten steps in a row were not finite; {advice}")
@@ -2320,13 +2313,13 @@ def join(rollouts: Sequence[Rollout], pad: int) -> Rollout:
 
 
 def teacher_forcing_in_parts(learner: Learner, count: int, batch: Batch) -> tuple[Iterator, dict]:
-    """`Learner.teacher_forcing_step`, with memory for a part of the batch only."""
+    """`Learner.teacher_forcing_step` in the memory that one part of the batch takes."""
     parts = in_parts(batch, count)
     return (learner.teacher_forcing_step(part)[0] / count for part in parts), {}
 
 
 def reinforce_in_parts(learner: Learner, count: int, batch: Batch) -> tuple[Iterator, dict]:
-    """`Learner.reinforce_step`, with memory for a part of the batch only: all parts roll out, all
+    """`Learner.reinforce_step` in the memory that one part of the batch takes: all parts roll out,
     their captions are judged as one pool, and then each part is scored by itself."""
     batch = learner.on_device(batch)
     parts = in_parts(batch, count)
@@ -2353,8 +2346,8 @@ METRICS = (*REFERENCE_METRICS, *CLIP_METRICS, "diversity")  # what --metrics tak
 
 
 class Measures(dict):
-    """Measures of captions by name: of all together. `each` has the values of every caption alone,
-    of those measures that exist for one. Where `overall` says nothing else, all is their mean."""
+    """Measures of a set of captions, by name. `each` has the values of the single captions, for the
+    measures that exist for one; the set's is their mean unless `overall` says otherwise."""
 
     def __init__(self, each: dict[str, list], **overall: float) -> None:
         means = {name: statistics.fmean(values) for name, values in each.items()}
@@ -2362,20 +2355,19 @@ class Measures(dict):
         self.each = dict(each)
 
     def add(self, other: Measures) -> None:
-        """Take over other measures."""
+        """Add other measures."""
         self.update(other)
         self.each.update(other.each)
 
 
 def retrieval_ranks(queries: Tensor, targets: Tensor, chunk: int = 256,
                     pools: Tensor | None = None) -> Tensor:  # fmt: skip
-    """Rank, from 1, of target n for query n: (N, D), (N, D) -> (N,). Never makes (N, N) of it. Ties
-    are lost: who says one thing of every picture finds none. With `pools` (N, M), among the targets
-    pools[n] alone, n one of them. Raises UserError for embeddings that are not finite, which would
-    rank first."""
+    """Rank, from 1, of target n for query n: (N, D), (N, D) -> (N,), without an (N, N) matrix. Ties
+    lose: who says one thing of every picture finds none. With `pools` (N, M) only the targets
+    pools[n] compete, n among them. UserError for embeddings not finite, which would rank first."""
     if not (queries + targets).isfinite().all():
         raise UserError("CLIP's embeddings are not finite and cannot be ranked; try another --clip")
-    # One tensor, made first: small ones between the large that come and go would hold up memory.
+    # One tensor, made first: many small ones among the large would fragment memory.
     ranks = torch.empty(len(queries), dtype=torch.long, device=queries.device)
     for rows in torch.arange(len(queries), device=queries.device).split(chunk):
         own = similarity_reward(queries[rows], targets[rows])[:, None]
@@ -2391,10 +2383,9 @@ def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor, bag_size: in
               seed: int = 0) -> Measures:  # fmt: skip
     """Does the caption find its picture, and the picture its caption? (N, D), (N, D).
 
-    Both ways among all N, the pool: recall at 1, 5 and 10, median and mean reciprocal rank. From
-    text to picture also in two smaller pools, in which numbers from data of other sizes compare:
-    bag_R@1, the picture and the bag_size - 1 most similar to it; rd100_R@1, the picture and 99
-    others drawn at random by `seed`."""
+    Both ways among all N, the pool: recall at 1, 5 and 10, median and mean reciprocal rank. Text to
+    picture also in two smaller pools, comparable between data of different sizes: bag_R@1, the
+    picture and the bag_size - 1 most similar to it; rd100_R@1, the picture and 99 random ones."""
     count = len(image_embeddings)
     each, overall = {}, {"pool": count}
     ways = {"text_to_image": retrieval_ranks(caption_embeddings, image_embeddings)}
@@ -2412,7 +2403,7 @@ def retrieval(caption_embeddings: Tensor, image_embeddings: Tensor, bag_size: in
     bags = rows[:, None].repeat(1, min(bag_size, count))  # (N, M)
     for some in rows.split(256):
         bags[some, 1:] = nearest_images(image_embeddings, some, bags.shape[1] - 1)
-    # In a shuffled circle, those that follow a picture are a fair draw of the others.
+    # Those that follow a picture in a shuffled circle are a fair draw of the others.
     circle = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(rows.device)
     followers = torch.stack([circle.roll(-step) for step in range(min(100, count))], dim=1)
     for name, pools in [("bag_R@1", bags), ("rd100_R@1", followers[circle.argsort()])]:
@@ -2606,8 +2597,7 @@ def measure(captions: Sequence[str], examples: Sequence[Example],
 
 def evaluate(captions: Sequence[str], examples: Sequence[Example], image_embeddings: Tensor,
              clip: CLIP) -> Measures:  # fmt: skip
-    """What `eval` measures by default, of captions[n] for examples[n], whose image's embedding is
-    row n: (N, D)."""
+    """What `eval` measures by default. Captions, examples and embeddings (N, D) go together."""
     return measure(captions, examples, {"": (clip, image_embeddings)}, EvalConfig())
 
 
@@ -2637,9 +2627,8 @@ def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
 
 
 def pair_captions(path: Path, rows: Sequence[Row], examples: Sequence[Example]) -> list[str]:
-    """The captions of the rows in the order of the examples: by the first kind of name under which
-    all find each other. Kinds are never mixed, since one picture's id may be another's name. Raises
-    UserError with what is left over, by the kind that leaves least."""
+    """The captions of the rows in the order of the examples, by the first kind of name that fits
+    all: one picture's id may be another's name. Raises UserError with what is left over."""
     ids = [example.image_id for example in examples]
     files = [str(example.image) for example in examples]
     kinds = [(str, ids), (os.path.basename, files), (lambda name: Path(name).stem, files)]
@@ -2699,8 +2688,8 @@ def table(columns: dict[str, dict]) -> str:
 
 
 def read_results(paths: Sequence[str]) -> dict[str, list[dict]]:
-    """By name, the measures of results that `eval --out` wrote. Raises UserError for a file that is
-    something else, and for results of different data."""
+    """The measures that `eval --out` wrote, by the results' names. Raises UserError for any other
+    file, and for results of different data."""
     about = ("data", "split", "pictures", "digest", "tokenizer", "clip", "bag_size")
     results = [parse_json(path, read_text(Path(path))) for path in paths]
     groups, first = {}, results[0]
@@ -2745,12 +2734,12 @@ def results_table(paths: Sequence[str], form: str) -> str:
 
 # ---- 11  Toy world: pictures of two shapes, whose truth is known ---------------------------------
 class Scene(NamedTuple):
-    """What a picture shows, or what a caption says: then None is what it leaves open."""
+    """What a picture shows, or what a caption says, where None is what it leaves open."""
 
     size: str | None
     colour: str | None
     shape: str | None
-    relation: str | None  # "and" leaves the order open too
+    relation: str | None  # "and" also leaves the order open
     other_size: str | None
     other_colour: str | None
     other_shape: str | None
@@ -2796,7 +2785,7 @@ def parse(caption: str) -> Scene | None:
 
 
 def is_true(said: Scene | None, seen: Scene) -> bool:
-    """Whether what a caption says is well-formed, and nothing of it false of the scene."""
+    """Whether a caption is well-formed, and says nothing that is false of the scene."""
     if said is None:
         return False
     orders = [seen]
@@ -2808,8 +2797,8 @@ def is_true(said: Scene | None, seen: Scene) -> bool:
 
 def write_references(scene: Scene, rng: random.Random, count: int = 5,
                      generic: float = 0.88) -> tuple[str, ...]:  # fmt: skip
-    """What people might write of a scene: as a rule something generic, else all of it. (Where more
-    is generic, training must find more by itself.)"""
+    """What people might write of a scene: mostly something generic, or else all of it. (The more is
+    generic, the more training must find out by itself.)"""
     coloured = f"a {scene.colour} {scene.shape} and a {scene.other_colour} {scene.other_shape}"
     shapes = f"a {scene.shape} and a {scene.other_shape}"
     ground = f"two shapes on a {scene.background} background"
@@ -2887,8 +2876,8 @@ def toy_captioner(seed: int, device: str = "cpu") -> Captioner:
     tokenizer = toy_tokenizer()
     end = tokenizer.sep_token_id
     size = dict(hidden_size=96, intermediate_size=384, num_attention_heads=3)
-    # About 1 / sqrt(width). BLIP's own default for the vision tower, 1e-10, supposes that weights
-    # are loaded: from scratch, it would stay blind.
+    # About 1 / sqrt(width). BLIP's own default for the vision tower, 1e-10, expects loaded weights:
+    # trained from scratch, it would stay blind.
     size["initializer_range"] = 0.1
     vision = dict(size, num_hidden_layers=2, image_size=32, patch_size=8)
     text = dict(size, num_hidden_layers=1, encoder_hidden_size=96, max_position_embeddings=32)
@@ -2948,131 +2937,139 @@ def toy_clip(folder: Path, examples: Sequence[Example], config: TrainConfig, run
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """Models and captions: what every verb needs."""
-    captioner: str | None = flag("Salesforce/blip-image-captioning-base",
-                                 "Hub name, Hugging Face folder or run folder")
-    clip: str | None = flag(None, "open_clip NAME/TAG, hf-hub:NAME, folder or run folder; "
-                            "otherwise that of the captioner's run, or ViT-B-32/openai")
-    prompt: str | None = flag(None, "words to continue; otherwise those it was trained with, or "
-                              "for a BLIP that has none: a picture of")
-    beams: int = flag(1, "beams of the search; 1 decodes greedily", number(1))
-    max_length: int = flag(20, "most tokens in a caption", number(1))
-    batch_size: int = flag(64, "pictures in a batch", number(1))
-    workers: int = flag(2, "processes that read pictures while the model works", number(0))
+    """Models, and how captions are decoded: the settings that every verb has."""
+    captioner: str | None = flag("Salesforce/blip-image-captioning-base", "Hugging Face Hub name, "
+                                 "folder, or run folder of distcap train", group="models")
+    clip: str | None = flag(None, "open_clip NAME/TAG, hf-hub:NAME, folder or run folder; if not "
+                            "given, the CLIP the captioner was trained with, or ViT-B-32/openai")
+    prompt: str | None = flag(None, "words to continue; if not given, as the captioner was trained")
+    beams: int = flag(1, "beams of the search; 1: greedy decoding", number(1), group="decoding")
+    max_length: int = flag(20, "longest caption, in tokens", number(1))
+    batch_size: int = flag(64, "pictures in a batch", number(1), group="computing")
+    workers: int = flag(2, "processes that read pictures ahead", number(0), group="computing")
     precision: str = flag("fp32", "arithmetic of the captioner", ("fp32", "bf16"))
-    seed: int = flag(0, "seed of everything random", number(0, 2**32 - 1))
-    device: str = flag("auto", "cpu, cuda, cuda:1, mps, or auto")
+    device: str = flag("auto", "cpu, cuda, cuda:1, mps, or auto: the best there is")
+    seed: int = flag(0, "seed of all random numbers", number(0, 2**32 - 1))
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(Decoding, Method):
-    """Train a captioner, and print what changed on pictures that were held out."""
-    data: str = flag("toy", "toy, the built-in world; or a folder or file of pictures and captions",
-                     nargs="?")
+class TrainConfig(Method, Decoding):
+    """Train a captioner, and measure what that changed.
+
+    examples:
+      distcap train
+      distcap train --recipe clip-scst --out runs/hacked
+      distcap train dataset_coco.json --images coco/ --precision bf16"""
+    data: str = flag("toy", "folder or file of pictures with captions, in one of the README's "
+                     "forms; or toy, a built-in world with a tiny captioner and CLIP of its own",
+                     nargs="?", group="data")
     images: str | None = flag(None, "folder of the pictures, if they are not beside the file")
-    train_split: str | None = flag(None, "split to train on: its name, or a file with the names of "
-                                   "pictures; otherwise train, with restval")
-    validation: str | None = flag(None, "other data for validation; otherwise the split val, or a "
-                                  "tenth that is held out")
-    test: str | None = flag(None, "other data for the test; otherwise the split test, or a tenth")
-    strict: bool = flag(False, "refuse data with missing pictures or captions, instead of "
-                        "leaving them out")
-    recipe: str = flag("distinctive", f"a published method; other flags override it; one of "
-                       f"{', '.join(RECIPES)}", tuple(RECIPES), metavar="NAME")
-    out: str | None = flag(None, "run folder; otherwise runs/NAME-OF-DATA")
-    resume: bool = flag(False, "go on with the run in the run folder, if there is one")
-    tf_steps: int = flag(0, "steps of teacher forcing, first", number(0))
-    tf_learning_rate: float = flag(1e-5, "its peak learning rate", WEIGHT)
+    train_split: str | None = flag(None, "learn from this split, or from the pictures that this "
+                                   "file lists; if not given, from train and restval")
+    validation: str | None = flag(None, "other data to validate on; else the split val, or a tenth")
+    test: str | None = flag(None, "other data to test on; else the split test, or a tenth")
+    train_size: int | None = flag(None, "learn from at most N pictures", number(1))
+    test_size: int = flag(1000, "hold out at most N pictures, and at most a tenth, to test on; and "
+                          "as many to validate on", number(1))
+    strict: bool = flag(False, "refuse data with missing pictures or captions")
+    recipe: str = flag("distinctive", f"settings of a published method, which other flags "
+                       f"override; one of {', '.join(RECIPES)}", tuple(RECIPES),
+                       group="method (equations as in the README)")
+    tf_steps: int = flag(0, "steps of teacher forcing, first", number(0), group="training")
+    tf_learning_rate: float = flag(1e-5, "peak learning rate of teacher forcing", WEIGHT)
     steps: int = flag(10_000, "steps of reinforcement learning", number(0))
-    learning_rate: float = flag(1e-6, "its peak learning rate", WEIGHT)
+    learning_rate: float = flag(1e-6, "peak learning rate of reinforcement learning", WEIGHT)
     discriminator_learning_rate: float = flag(
-        7e-5, "learning rate of a regularizer's network (Eq. 4, 10)", WEIGHT)
-    pretrain_discriminator: int = flag(0, "steps in which the regularizer's network learns alone, "
-                                       "before the captioner does", number(0))
-    max_gradient_norm: float = flag(1.0, "gradients are scaled down to this norm", WEIGHT)
-    accumulate: int = flag(1, "batches that make up a step, as one pool", number(1))
-    gradient_checkpointing: bool = flag(False, "save memory in the vision tower, for some time")
-    freeze_vision: bool = flag(False, "leave the vision tower as it is")
-    save_every: int = flag(500, "steps between saves of what --resume goes on from", number(1))
-    validate_every: int = flag(1000, "steps between looks at the validation pictures", number(1))
-    select: str = flag("last", "which weights to keep: the last, or those of the best validation",
+        7e-5, "learning rate of the regularizer's network: discriminator or grammar", WEIGHT)
+    pretrain_discriminator: int = flag(0, "steps in which that network learns alone", number(0))
+    max_gradient_norm: float = flag(1.0, "the gradient is clipped to this norm", WEIGHT)
+    freeze_vision: bool = flag(False, "do not train the vision tower")
+    train_only: str | None = flag(None, "train only the parameters in whose names this regular "
+                                  "expression finds something, as lm_head|layers.1[0-9]")
+    validate_every: int = flag(1000, "steps between validations", number(1))
+    select: str = flag("last", "keep the last weights, or the best of validation by this measure",
                        ("last", "reward", "cider", "text_to_image_R@1", "oracle_R@1"))
-    log_every: int = flag(0, "steps between prints of three sampled captions; 0: none", number(0))
+    clip_steps: int = flag(400, "steps in which the toy world's CLIP is trained", number(1))
+    out: str | None = flag(None, "run folder; else runs/ and the data's name", group="run folder")
+    resume: bool = flag(False, "continue the run in that folder, if there is one")
+    save_every: int = flag(500, "steps between saves of what --resume continues from", number(1))
+    log_every: int = flag(0, "print three sampled captions every N steps; 0: never", number(0))
     tensorboard: bool = flag(False, "log to TensorBoard too, in the run folder")
-    train_only: str | None = flag(None, "train the captioner's parameters whose names this regular "
-                                  "expression finds, as lm_head|layers.1[0-9]; freeze the rest")
-    clip_steps: int = flag(400, "steps of pretraining the toy world's CLIP", number(1))
-    train_size: int | None = flag(None, "use at most so many training examples", number(1))
-    test_size: int = flag(1000, "examples held out for the test, at most a tenth; as many for "
-                          "validation", number(1))
+    accumulate: int = flag(1, "batches in a step, all competing", number(1), group="computing")
+    gradient_checkpointing: bool = flag(False, "less memory for the vision tower, more time")
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionConfig(Decoding):
-    """Write a caption for every picture: path, tab, caption, a line each, on standard output."""
+    """Write captions of pictures, a line each.
+
+    examples:
+      distcap caption photos/
+      distcap caption photos/ --samples 8 --rerank --out captions.csv
+      find . -name '*.jpg' -print0 | distcap caption - --null"""
     paths: tuple[str, ...] = flag((), "pictures, folders of pictures, or - for a list of them on "
-                                  "standard input", nargs="+")
-    recursive: bool = flag(True, "look into folders within folders")
-    null: bool = flag(False, "names in the list end with a null character, as find -print0 writes")
-    json: bool = flag(False, "write a JSON object a line, also for what failed")
-    out: str | None = flag(None, "write to this .jsonl, .csv or .html file; one that exists is "
-                           "continued")
-    sidecar: str | None = flag(None, "write a file beside each picture, with this suffix",
-                               (".txt", ".caption"))
-    overwrite: bool = flag(False, "caption anew what has a caption in --out or --sidecar")
+                                  "standard input", nargs="+", group="pictures")
+    recursive: bool = flag(True, "search the folders within folders")
+    null: bool = flag(False, "the listed names end in null characters, as find -print0 writes them")
+    shard: tuple[int, int] | None = flag(None, "2/4: the second of four parts", shard_of)
+    out: str | None = flag(None, "write or continue this .jsonl, .csv or .html", group="output")
+    sidecar: str | None = flag(None, "write a file beside each picture", (".txt", ".caption"))
+    json: bool = flag(False, "print a JSON object a line, for failures too")
+    overwrite: bool = flag(False, "caption again what has a caption in --out or --sidecar")
     prefix: str = flag("", "text before each caption")
     suffix: str = flag("", "text after each caption")
-    shard: tuple[int, int] | None = flag(None, "2/4: only the second of four parts of the pictures",
-                                         shard_of)
-    samples: int = flag(0, "sample so many captions of each picture; 0: search", number(0))
-    temperature: float = flag(
-        0.7, "of --samples; 1 is the captioner's own distribution", number(0.01, kind=float))
-    top_p: float = flag(1.0, "of --samples: only the likeliest tokens that make up this much",
+    scores: bool = flag(False, "add CLIP's cosine, the rank of the picture among all by CLIP, the "
+                        "contrastive reward (Eq. 6) and the mean log-probability of the tokens")
+    quiet: bool = flag(False, "report only failures on standard error")
+    beams: int = flag(3, "beams of the search; 1: greedy decoding", number(1), group="decoding")
+    samples: int = flag(0, "sample N captions of each picture; 0: search for one", number(0))
+    temperature: float = flag(0.7, "of samples: the lower, the closer to the likeliest words",
+                              number(0.01, kind=float))
+    top_p: float = flag(1.0, "sample from the likeliest tokens with this probability in all",
                         number(0, 1, float))
-    rerank: bool = flag(False, "of --samples (8 if not given), keep what best tells a picture from "
-                        "the others (Eq. 6)")
-    scores: bool = flag(False, "with each caption CLIP's cosine, the rank of its picture among all "
-                        "by this caption, the reward of Eq. 6, and log p a token")
-    min_length: int | None = flag(None, "fewest tokens in a caption; otherwise 5 with those of the "
-                                  "prompt, as BLIP counts", number(0))
-    max_length: int | None = flag(None, "most tokens in a caption, its end included; otherwise 20 "
-                                  "with those of the prompt, as BLIP counts", number(1))
-    repetition_penalty: float = flag(
-        1.0, "above 1, words that were written are less likely", number(0.01, kind=float))
-    no_repeat_ngram_size: int = flag(0, "so many words in a row are not written twice; 0: may be",
-                                     number(0))
-    beams: int = flag(3, "beams of the search; 1 decodes greedily", number(1))
-    batch_size: int = flag(16, "pictures in a batch", number(1))
-    quiet: bool = flag(False, "on standard error say nothing but what failed")
+    rerank: bool = flag(False, "keep the sample (of 8, unless --samples is given) by which CLIP "
+                        "best tells the picture from the others")
+    min_length: int | None = flag(None, "shortest caption, in tokens; if not given, 5 including "
+                                  "the prompt, as BLIP counts", number(0))
+    max_length: int | None = flag(None, "longest caption, in tokens; if not given, 20 including "
+                                  "the prompt, as BLIP counts", number(1))
+    repetition_penalty: float = flag(1.0, "above 1, words are less likely to be repeated",
+                                     number(0.01, kind=float))
+    no_repeat_ngram_size: int = flag(0, "never repeat N words in a row; 0: allowed", number(0))
+    batch_size: int = flag(16, "pictures in a batch", number(1), group="computing")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Decoding):
-    """Measure captions: of a captioner, or of a file. Or set results in a table."""
-    data: str | None = flag(None, "a data set, as for train", nargs="?")
-    images: str | None = flag(None, "folder of its pictures, if they are not beside it")
-    split: str | None = flag(None, "only this split of it, or the pictures that this file lists; "
-                             "otherwise the split test, if there is one")
-    captions: str | None = flag(None, "measure these, not a captioner's: COCO results, .jsonl, "
-                                ".csv, or a folder of .txt files")
+    """Measure captions, or put results in a table.
+
+    examples:
+      distcap eval runs/toy/test --captioner runs/toy
+      distcap eval dataset_coco.json --split test --captions mine.jsonl
+      distcap eval --table first.json second.json --format latex"""
+    data: str | None = flag(None, "pictures with captions, as for train", nargs="?", group="data")
+    images: str | None = flag(None, "folder of the pictures, if they are not beside the file")
+    split: str | None = flag(None, "a split, or a file that lists pictures; if not given, the "
+                             "split test, or all if there is none")
+    captions: str | None = flag(None, "measure these instead of a captioner's: COCO results, "
+                                ".jsonl, .csv, or a folder of .txt files", group="measures")
     metrics: Sequence[str] = flag(
-        ("bleu", "rouge", "cider", "retrieval", "diversity"), f"what to measure; of "
-        f"{' '.join(METRICS)}", METRICS, nargs="+", action="extend", metavar="METRIC")
-    tokenizer: str = flag("regex", "what splits words for n-grams; ptb, as in most papers, needs "
-                          "Java", ("regex", "ptb"))
+        ("bleu", "rouge", "cider", "retrieval", "diversity"), f"some of {' '.join(METRICS)}",
+        METRICS, nargs="+", action="extend")
+    tokenizer: str = flag("regex", "what splits captions into words: a regular expression, or as "
+                          "in most papers ptb, which needs Java", ("regex", "ptb"))
+    bag_size: int = flag(10, "pictures among which bag_R@1 looks for the right one", number(2))
+    out: str | None = flag(None, "write the measures to this .json file, each picture's to "
+                           ".each.jsonl beside it, and captions to .captions.json", group="output")
+    name: str | None = flag(None, "name of the row in tables, the same for all seeds; if not "
+                            "given, that of the captioner or the captions")
+    table: Sequence[str] | None = flag(None, "put results that --out wrote in a table", nargs="+",
+                                       action="extend")
+    format: str = flag("markdown", "form of the table", ("markdown", "latex"))
     clip: Sequence[str] | None = flag(
-        None, "one or more CLIPs that measure: an open_clip NAME/TAG, hf-hub:NAME, folder or run "
-        "folder; otherwise that of the captioner's run, or ViT-B-32/openai", nargs="+",
-        action="extend")
-    bag_size: int = flag(10, "pictures in a bag of similar ones, for bag_R@1", number(2))
-    min_length: int = flag(0, "fewest tokens in a caption", number(0))
-    name: str | None = flag(None, "what to call it in tables, the same for all its seeds; "
-                            "otherwise the captioner or the captions")
-    out: str | None = flag(None, "write the measures to this .json file, those of each picture to "
-                           ".each.jsonl beside it, and the captions to .captions.json")
-    table: Sequence[str] | None = flag(None, "results that --out wrote, to be set in a table",
-                                       nargs="+", action="extend", metavar="RESULTS.json")
-    format: str = flag("markdown", "of --table", ("markdown", "latex"))
+        None, "one or more CLIPs, named as for train; if not given, the one that the captioner "
+        "was trained with, or ViT-B-32/openai", nargs="+", action="extend", group="models")
+    min_length: int = flag(0, "shortest caption, in tokens", number(0), group="decoding")
 
 
 # What stands in results beside the measures: how captions were written, and whose versions.
@@ -3087,7 +3084,7 @@ TOY = dict(captioner=None, similarity_weight=0.99, ground_truth_weight=2.0, tf_s
 
 
 def train(config: TrainConfig) -> None:
-    """`distcap train`: see TrainConfig. What can be wrong is found before anything slow begins."""
+    """`distcap train`: see TrainConfig. Mistakes are found before anything slow begins."""
     skipped: list[Skipped] = []
     sets = toy_sets(config) if config.data == "toy" else split(config, skipped)
     training, validation, test = sets
@@ -3144,8 +3141,8 @@ def toy_sets(config: TrainConfig) -> tuple[list[Example], list[Example], list[Ex
 
 
 def split(config: TrainConfig, skipped: list[Skipped]) -> tuple[list, list, list]:
-    """Training, validation and test examples of a data set of the user's: its own splits, else what
-    a rule holds out that knows the pictures' ids alone, and no seed."""
+    """Training, validation and test examples of a data set: its own splits, or else pictures held
+    out by a rule that depends on their ids alone, and on no seed."""
 
     def chance(example: Example) -> str:
         name = example.image_id.encode("utf-8", "surrogateescape")
@@ -3198,7 +3195,7 @@ def tell_same_bytes(parts: dict[str, Sequence[Example]]) -> dict[Path, bytes]:
 
 
 def normalize_references(example: Example, skipped: list[Skipped]) -> Example | None:
-    """An example to learn from, its references as BLIP's were; None if they were punctuation."""
+    """An example to learn from, its references normalized; None if they were all punctuation."""
     references = [normalize_caption(text) for text in example.references]
     if not all(references):
         skipped.append(Skipped(str(example.image), "a caption without words"))
@@ -3220,7 +3217,7 @@ FREE = ("resume", "strict", "workers", "device", "save_every", "log_every", "ten
 
 def open_run_folder(config: TrainConfig) -> Path:
     """Make the run folder, with the settings in its config.json. Raises UserError if it exists and
-    is not to be resumed, or was made with other settings, or is complete."""
+    is not to be resumed, was made with other settings, or is complete."""
     out = Path(config.out or f"runs/{Path(config.data).resolve().stem}")
     path = out / "config.json"
     if out.exists() and not config.resume:
@@ -3237,7 +3234,7 @@ def open_run_folder(config: TrainConfig) -> Path:
                 raise UserError(f"{wrong} {value}: {was}")
         if (out / "results.json").exists():
             raise UserError(f"{out}: this run is complete; nothing to resume")
-    wait_for_all()  # lest another process find what this one makes
+    wait_for_all()  # or another process would find what this one makes
     if process_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(settings, indent=2) + "\n")
@@ -3289,7 +3286,7 @@ def embed_cached(clip: CLIP, images: list, workers: int, failures: list,
         return found[0]
     embeddings = clip.embed_images(images, workers, failures)
     if process_rank() == 0:
-        with contextlib.suppress(OSError):  # no room for it, or no leave
+        with contextlib.suppress(OSError):  # no room for it, or no permission
             folder.mkdir(parents=True, exist_ok=True)
             reasons = [(n, str(error)) for n, error in failures]
             torch.save({"embeddings": embeddings, "failures": reasons}, f"{path}.partial")
@@ -3308,14 +3305,13 @@ def file_digest(path: Path) -> bytes:
 
 
 def tell_skipped(out: Path, skipped: Sequence[Skipped], config: TrainConfig) -> None:
-    """Say in one line what of the data is not used, and list it in the run folder. Raises UserError
-    if that is to be refused."""
+    """Say what of the data is not used, and list it in the run folder. UserError if --strict."""
     if not skipped:
         return
     first = f"{skipped[0].name}: {skipped[0].reason}"
     if config.strict:
         if process_rank() == 0 and not config.resume:
-            shutil.rmtree(out)  # made a moment ago, lest the same command find it next time
+            shutil.rmtree(out)  # made a moment ago; the same command would find it next time
         raise UserError(f"--strict: {len(skipped)} faults in the data, the first: {first}")
     if process_rank() == 0:
         lines = [json.dumps(each._asdict()) + "\n" for each in skipped]
@@ -3377,7 +3373,7 @@ def learn(learner: Learner, training: Sequence[Example], test: Sequence[Example]
 
 
 def prepare_reinforcement(learner: Learner, training: Sequence[Example], config: TrainConfig):
-    """Embed the training pictures, unless they are, once for all epochs; make the regularizer,
+    """Embed the training pictures, if they are not yet, once for all epochs. Make the regularizer,
     which may compare with the captioner as it is now."""
     if learner.image_embeddings is None:
         images = [example.image for example in training]
@@ -3398,7 +3394,7 @@ def finish(
     config: TrainConfig,
 ) -> None:
     """Write what a run leaves: the captioner with a model card, captions.json in COCO's form,
-    report.html, results.json; and print the table with a few captions."""
+    report.html and results.json. Print the table and a few captions."""
     partial = out / "captioner.partial"
     captioner.save(partial)
     about = dict(split="test", images=len(test), seed=config.seed, beams=config.beams)
@@ -3447,7 +3443,7 @@ On {about["images"]} pictures of the test split:
 
 
 class Written(NamedTuple):
-    """What became of one picture: its captions and what is known of each, or why there are none."""
+    """The outcome for one picture: its captions with their scores, or why there are none."""
 
     captions: list[str]
     failure: UserError | None
@@ -3459,8 +3455,7 @@ def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], c
                    write: Callable, clip: CLIP | None = None, wanted: Sequence[int] | None = None,
                    thumbnails: bool = False) -> Iterator[Written]:  # fmt: skip
     """The captions of each image, or of those whose numbers are `wanted`, in order. `write` makes
-    tokens (K*B, P + T) of features and of the pixels that they come from. With a `clip` all images
-    are embedded first, to compete."""
+    tokens (K*B, P + T) from features and pixels. With a `clip`, all images compete."""
     size, quiet = config.batch_size, getattr(config, "quiet", False)
     wanted = range(len(images)) if wanted is None else wanted
     pool, unread = None, []
@@ -3493,13 +3488,13 @@ def write_captions(captioner: Captioner, images: Sequence[Path | Image.Image], c
                 bar.update()
 
 
-# What is said of too little memory: on the CPU, torch raises a plain RuntimeError.
+# How errors speak of too little memory: on the CPU, torch raises a plain RuntimeError.
 SCARCE = re.compile("MemoryError|out of memory|not enough memory|can't allocate memory")
 
 
 def halving(work: Callable, images: Sequence, size: int) -> tuple[list[Written], int]:
-    """What `work` writes of the images, given a slice of `size` of them at a time, of half as many
-    once memory does not suffice; and the size that did."""
+    """What `work` writes of the images, given slices of `size` of them, and of half as many each
+    time that memory does not suffice; and the size that did."""
     written: list[Written] = []
     while len(written) < len(images):
         try:
@@ -3519,8 +3514,8 @@ def halving(work: Callable, images: Sequence, size: int) -> tuple[list[Written],
 
 def write_batch(pixels: Tensor, index: Sequence[int], captioner: Captioner, config: Decoding,
                 write: Callable, clip: CLIP | None, pool: Tensor | None) -> list:  # fmt: skip
-    """The captions of a batch (B, 3, height, width) that are not empty. With a `clip`, `index` (B,)
-    are its rows among the pictures of the call, `pool` (N, D), all of which compete."""
+    """The captions of a batch (B, 3, height, width) that are not empty. With a `clip`, all pictures
+    of the call, `pool` (N, D), compete; the batch's are its rows `index` (B,)."""
     features = captioner.encode(pixels)  # (B, L, H)
     tokens = write(features, pixels)  # (K*B, P + T)
     captions = captioner.decode(tokens)
@@ -3550,9 +3545,9 @@ def write_batch(pixels: Tensor, index: Sequence[int], captioner: Captioner, conf
 
 def caption_scores(captions: Sequence[str], clip: CLIP, image_embeddings: Tensor,
                    image_index: Tensor) -> dict[str, Tensor]:  # fmt: skip
-    """What CLIP makes of captions of some of the images (N, D), each of the image `image_index`:
-    (C,) each. The cosine; the rank of the image among all by this caption, from 1, ties lost; and
-    the reward of Eq. 6, where all N images compete and all C captions."""
+    """CLIP's scores of captions, each of the image `image_index` of the images (N, D): (C,) each.
+    The cosine; the rank of its image among all, from 1, where ties lose; and the reward of Eq. 6,
+    for which all N images and all C captions compete."""
     embeddings = clip.embed_captions(captions)
     similarity = embeddings @ image_embeddings.T  # (C, N)
     cosine = similarity.gather(1, image_index[:, None])
@@ -3562,7 +3557,7 @@ def caption_scores(captions: Sequence[str], clip: CLIP, image_embeddings: Tensor
 
 
 def rerank(captions: Sequence[str], rewards: Tensor, count: int) -> list[int]:
-    """Of the `count` captions of each image the place of the best that is not empty."""
+    """Of the `count` captions of each image, the place of the best one that is not empty."""
     empty = torch.tensor([not caption for caption in captions], device=rewards.device)
     best = rewards.masked_fill(empty, -torch.inf).view(-1, count).argmax(dim=1)
     return [row * count + place for row, place in enumerate(best.tolist())]
@@ -3573,9 +3568,8 @@ def sample_by_picture(captioner: Captioner, features: Tensor, pixels: Tensor, ma
                       **limits) -> Tensor:  # fmt: skip
     """Draw `count` captions of each picture: (B, L, H), (B, 3, height, width) -> (K*B, P + T).
 
-    The random numbers of a picture are its own: they come from a hash of its pixels, so that a
-    picture gets the same captions whatever its name, its place, and the batch that it is in. Each
-    token takes one, where the distribution function of the next token reaches it."""
+    Random numbers come from a hash of a picture's pixels: it gets the same captions whatever its
+    name, place and batch. Each token takes one, where its cumulative distribution reaches it."""
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
     uniform = []
@@ -3597,7 +3591,7 @@ def sample_by_picture(captioner: Captioner, features: Tensor, pixels: Tensor, ma
 
 
 def caption_all(captioner: Captioner, images: Sequence, config: Decoding, **limits) -> list[str]:
-    """One caption of each picture, by search; of several processes each writes a share. Raises
+    """One caption of each picture, by search; each of several processes writes a share. Raises
     UserError for a picture that cannot be read."""
     options = dict(max_length=config.max_length, beams=config.beams) | limits
 
@@ -3613,7 +3607,7 @@ def caption_all(captioner: Captioner, images: Sequence, config: Decoding, **limi
 
 
 def clip_name(config: Decoding) -> str:
-    """The CLIP that the flags name, else that of the captioner's run, else the usual one."""
+    """The CLIP that the flags name, or else that of the captioner's run, or else the default."""
     if not config.clip and Path(config.captioner, "captioner").is_dir():
         run = json.loads(Path(config.captioner, "config.json").read_text())
         return run["clip"] or config.captioner
@@ -3633,12 +3627,12 @@ def load_models(config: Decoding, with_clip: bool = True) -> tuple[Captioner, CL
     return captioner, CLIP.load(clip_name(config), config.device) if with_clip else None
 
 
-# What would move a terminal's cursor, or make a name look like two fields or lines.
+# Characters that move a terminal's cursor, or make a name look like two fields or lines.
 ESCAPES = {place: repr(chr(place))[1:-1] for place in (*range(32), *range(127, 160))}
 
 
 def put(text: str, file=None) -> None:
-    """Print a line at once: above a progress bar, where both share a terminal."""
+    """Print a line at once: above the progress bar, if both share a terminal."""
     file = file or sys.stdout
     shared = file.isatty() and sys.stderr.isatty()
     with Bar.external_write_mode(file) if shared else contextlib.nullcontext():
@@ -3654,7 +3648,7 @@ SCORES = ("cosine", "rank", "reward", "log_p")
 
 
 def table_rows(path: Path) -> Iterator[Row]:
-    """The rows of a .jsonl, .csv or .html file, or of a .part of one, as they stand there."""
+    """The rows of a .jsonl, .csv or .html file, or of a .part of one, as they are in it."""
     with explain(f"{path}: cannot be read"):
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
         table = csv.DictReader(io.StringIO(text, newline=""))
@@ -3674,8 +3668,8 @@ def table_rows(path: Path) -> Iterator[Row]:
 
 
 def read_table(path: Path) -> dict[str, Row]:
-    """{name: Row} of such a file, perhaps without captions. A picture's rows are read as one, with
-    as many of each score as captions. Raises UserError if one row could not hold what they say."""
+    """{name: Row} of such a file, perhaps without captions. A picture's rows are merged into one,
+    with as many of each score as captions. Raises UserError if they contradict each other."""
     rows: dict[str, Row] = {}
     for name, captions, more in table_rows(path):
         texts = [text for text in captions if text.strip()]
@@ -3723,8 +3717,8 @@ document.querySelector("input").oninput = ({target}) => {
 
 
 def figure(name: str, thumbnail: str, lines: Iterable[tuple[str, str]], row: str = "") -> str:
-    """A picture on a page: its thumbnail, some texts with a note each, and its name. It is a link
-    to the picture if it stands for a `row` of a table, which can then be read from it."""
+    """A picture on a page: its thumbnail, some texts with a note each, and its name. If it stands
+    for a `row` of a table, it is a link to the picture, and the row can be read from it."""
     link = f' href="{urllib.parse.quote(os.fsencode(name))}"' if row else ""
     image = f'<img src="{thumbnail}" alt="" data-row="{html.escape(row)}">'
     texts = [f"<p>{html.escape(text)} <small>{note}</small></p>" for text, note in lines]
@@ -3733,8 +3727,8 @@ def figure(name: str, thumbnail: str, lines: Iterable[tuple[str, str]], row: str
 
 
 def table_text(suffix: str, rows: Sequence[Row], failures: Sequence[UserError] = ()) -> str:
-    """A whole table, whose columns keep the names that they have. In a .csv there is a line for
-    each caption. Of what failed, only a page tells."""
+    """A whole table, whose columns keep their names. A .csv has a line for each caption. Failures
+    are listed on a page only."""
     known = {key for row in rows for key in row.more}
     name_key = next((key for key in NAME_KEYS if key in known), "file_name")
     caption_key = next((key for key in CAPTION_KEYS if key in known), "caption")
@@ -3770,7 +3764,7 @@ def table_text(suffix: str, rows: Sequence[Row], failures: Sequence[UserError] =
 
 
 def curve(name: str, values: Sequence[float | None]) -> str:
-    """A line of values as inline SVG: of many, the means of two hundred parts."""
+    """A curve of values as inline SVG; of many values, the means of two hundred parts."""
     values = [value for value in values if value is not None]
     if len(values) < 2:
         return ""
@@ -3805,8 +3799,8 @@ def write_report(folder: Path, results: dict[str, dict[str, float]],
 
 
 class Output:
-    """Where captions go: standard output, as path, tab, caption, or as a JSON object a line. Made
-    before a model is loaded, it finds out what is there, and whether it can be written to."""
+    """Where captions go: standard output, as path, tab, caption, or as a JSON object a line. It is
+    made before a model is loaded, and finds out what is there and whether it can be written to."""
 
     def __init__(self, config: CaptionConfig, found: Sequence[Path]) -> None:
         self.config = config
@@ -3818,7 +3812,7 @@ class Output:
         return False
 
     def write(self, path: Path, written: Written) -> None:
-        """Add what became of a picture, at once."""
+        """Add the outcome for a picture, at once."""
         if self.config.json:
             known = {"caption": written.captions} | written.scores
             known = {"error": str(written.failure)} if written.failure else known
@@ -3828,7 +3822,7 @@ class Output:
             put("\t".join([str(path).translate(ESCAPES), *map(str, cells)]))
 
     def close(self, failures: Sequence[UserError]) -> None:
-        """Put it in order, after the last picture."""
+        """Finish, after the last picture."""
 
 
 class Sidecars(Output):
@@ -3856,9 +3850,9 @@ class Sidecars(Output):
 
 
 class Table(Output):
-    """A .jsonl, .csv or .html file. A row is added at once to a part of it, JSON lines in a file
-    beside it, as x.csv.1-of-1.part, and put into the table at the end, or by the next call. With
-    --shard, x.csv.2-of-4.part is what there is; a call without --shard puts all into the table."""
+    """A .jsonl, .csv or .html file. Each row is saved at once in a part of it, JSON lines in a file
+    beside it, as x.csv.1-of-1.part, and moved to the table at the end, or by the next call. With
+    --shard, x.csv.2-of-4.part remains; a call without --shard moves all parts to the table."""
 
     def __init__(self, config: CaptionConfig, found: Sequence[Path]) -> None:
         super().__init__(config, found)
@@ -3892,7 +3886,7 @@ class Table(Output):
             file.write(table_text(".jsonl", [row]))
 
     def close(self, failures: Sequence[UserError]) -> None:
-        """Put the parts into the table. What else a picture's row held stays."""
+        """Move the parts to the table. Other columns of a picture's row stay."""
         if self.config.shard:
             return
         order = {name: number for number, name in enumerate(self.names.values())}
@@ -3904,7 +3898,7 @@ class Table(Output):
                 more = {key: value for key, value in kept if key not in SCORES} | more
             self.rows[name] = Row(name, row.captions, more)
         text = table_text(self.out.suffix, [*self.rows.values()], failures)
-        # A .csv has no way to write names that are not UTF-8 but as they are.
+        # In a .csv, names that are not UTF-8 can only be written as they are.
         write_text(self.out, text, "surrogateescape" if self.out.suffix == ".csv" else "replace")
         for part in {*self.parts, self.part}:
             part.unlink()
@@ -3920,7 +3914,7 @@ def part_file(config: CaptionConfig, found: Sequence[Path]) -> Path:
 
 @contextlib.contextmanager
 def locked(config: CaptionConfig, found: Sequence[Path]) -> Iterator[None]:
-    """Refuse to write where another process writes: it would lose what this one writes."""
+    """Refuse to write where another process writes: what this one writes would be lost."""
     from filelock import FileLock, Timeout
 
     with contextlib.ExitStack() as stack:
@@ -3949,7 +3943,7 @@ def read_list(null: bool) -> list[str]:
 
 def caption(config: CaptionConfig) -> int:
     """`distcap caption`: see CaptionConfig. Returns 1 if some pictures could not be captioned, 130
-    if Ctrl-C ended it: what was written until then stays."""
+    after Ctrl-C, when what was written until then stays."""
     notes: list[str] = []
     listed = read_list(config.null) if "-" in config.paths else []
     named = [path for path in config.paths if path != "-"]
@@ -3988,8 +3982,8 @@ def caption(config: CaptionConfig) -> int:
 
 def write_paths(found: Sequence[Path], wanted: Sequence[int],
                 config: CaptionConfig) -> Iterator[Written]:  # fmt: skip
-    """What becomes of each path whose number is wanted, written as the flags say; those that have a
-    caption compete too. If nothing is wanted, no model is loaded."""
+    """The outcome for each path whose number is wanted, captioned as the flags say; the others
+    compete too. If nothing is wanted, no model is loaded."""
     if not wanted:
         return
     captioner, clip = load_models(config, config.rerank or config.scores)
@@ -4014,7 +4008,7 @@ def write_paths(found: Sequence[Path], wanted: Sequence[int],
 
 
 def evaluate_command(config: EvalConfig) -> None:
-    """`distcap eval`: see EvalConfig. What can fail is tried before anything slow begins."""
+    """`distcap eval`: see EvalConfig. Mistakes are found before anything slow begins."""
     if config.table:
         print(results_table(config.table, config.format))
         return
@@ -4053,7 +4047,7 @@ def evaluate_command(config: EvalConfig) -> None:
 
 
 def coco_results(examples: Sequence[Example], captions: Sequence[str]) -> str:
-    """Captions as JSON in COCO's form of results, where ids that are numbers are not texts."""
+    """Captions in COCO's form of results, JSON. Ids that look like numbers are numbers."""
     rows = []
     for example, caption in zip(examples, captions):
         name = example.image_id
@@ -4063,7 +4057,7 @@ def coco_results(examples: Sequence[Example], captions: Sequence[str]) -> str:
 
 
 def warn_of_training_pictures(examples: Sequence[Example], config: EvalConfig) -> None:
-    """Say so if the captioner's run has learned from some of the pictures."""
+    """Warn if the captioner's run has learned from some of the pictures."""
     names = Path(config.captioner, "training.txt")
     if not config.captions and names.is_file():
         learned = set(names.read_text(encoding="utf-8", errors="surrogateescape").split("\n"))
@@ -4095,7 +4089,7 @@ def write_results(config: EvalConfig, clips: Sequence[str], examples: Sequence[E
 
 
 def ignored_flags(config: Decoding) -> dict[str, str]:
-    """The flags that change nothing beside the others, each with the flag that is the reason."""
+    """The flags that would change nothing, each with the flag that is the reason."""
     ignored = {}
     if isinstance(config, CaptionConfig):
         sampling = config.samples or config.rerank
@@ -4188,7 +4182,7 @@ def check(config: Decoding, given: set[str]) -> None:
 
 
 def check_out(config: CaptionConfig | EvalConfig) -> None:
-    """Refuse an --out that cannot be written, or in whose place is what eval reads."""
+    """Refuse an --out that cannot be written, or that would replace what eval reads."""
     evaluates = isinstance(config, EvalConfig)
     if evaluates and not config.out.endswith(".json"):
         raise UserError(f"--out {config.out}: must be a .json file")
@@ -4212,8 +4206,18 @@ class Parser(argparse.ArgumentParser):
 
 VERBS = {"train": (TrainConfig, train), "caption": (CaptionConfig, caption),
          "eval": (EvalConfig, evaluate_command)}  # fmt: skip
-TITLES = {TrainConfig: "training", CaptionConfig: "captioning", EvalConfig: "evaluation",
-          Decoding: "captions and models", Method: "the method"}  # fmt: skip
+USAGE = {"train": "[DATA]", "caption": "PATH ...", "eval": "DATA"}
+# What the help calls a flag's value, where neither N nor TEXT says enough.
+METAVARS = dict(images="DIR", captioner="NAME", clip="NAME", recipe="NAME", train_split="SPLIT",
+                split="SPLIT", validation="DATA", test="DATA", out="PATH", captions="PATH",
+                shard="I/N", train_only="REGEX", metrics="METRIC", table="JSON")  # fmt: skip
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help with the examples as they were written, and no word broken at its hyphens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
 
 
 def make_parsers() -> tuple[Parser, dict[str, Parser]]:
@@ -4223,39 +4227,46 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,caption,eval}")
     parsers = {}
     for verb, (cls, _) in VERBS.items():
-        parsers[verb] = verbs.add_parser(verb, help=cls.__doc__, description=cls.__doc__)
+        summary, _, examples = inspect.getdoc(cls).partition("\n\n")
+        options = dict(description=summary, epilog=examples, formatter_class=HelpFormatter)
+        usage = f"%(prog)s {USAGE[verb]} [flags]"
+        parsers[verb] = verbs.add_parser(verb, help=summary, usage=usage, **options)
         fields = {field.name: field for field in dataclasses.fields(cls)}
+        groups, heading = {}, ""
         for base in cls.__mro__[:-1]:  # its own settings first; `object` has none
-            group = parsers[verb].add_argument_group(TITLES[base])
-            for name in [name for name in base.__annotations__ if name in fields]:
-                add_flag(group, fields.pop(name))
-    toy = [f"--{name.replace('_', '-')} {value}" for name, value in TOY.items()]
-    parsers["train"].epilog = f"On the toy world: {' '.join(toy[1:])}."
+            for field in [fields.pop(name) for name in base.__annotations__ if name in fields]:
+                heading = field.metadata.get("group", heading)
+                if heading not in groups:
+                    groups[heading] = parsers[verb].add_argument_group(heading)
+                add_flag(groups[heading], field, TOY if verb == "train" else {})
     return parser, parsers
 
 
-def add_flag(group, field: dataclasses.Field) -> None:
-    """A flag for one setting, or a positional argument where it has `nargs`. What is not given is
-    None, to be told from what is; the help names the default."""
-    options = dict(field.metadata)
+def add_flag(group, field: dataclasses.Field, toy: dict) -> None:
+    """A flag for one setting, or a positional argument if it has `nargs`. A flag not given is None;
+    the help names its default, and the toy world's."""
+    options = {key: value for key, value in field.metadata.items() if key != "group"}
     if "nargs" in options and "action" not in options:
         group.add_argument(field.name, metavar=field.name.upper(), **options)
         return
     default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+    notes = {"default": default, "toy world": toy.get(field.name)}
+    notes = [f"{key}: {value}" for key, value in notes.items() if value not in (None, "")]
     if isinstance(default, bool):
         options = dict(help=options["help"], action="store_true", default=None)
         if default:  # a flag to switch it off, too
             options["action"] = argparse.BooleanOptionalAction
-    elif default not in (None, ""):
-        options["help"] += f" (default: {default})"
-    if "type" in options and "metavar" not in options:
-        options["metavar"] = {"int": "N", "float": "X"}.get(options["type"].__name__, "TEXT")
+    elif notes:
+        options["help"] += f" ({'; '.join(notes)})"
+    if "type" in options or field.name in METAVARS:
+        usual = {"int": "N", "float": "X"}.get(getattr(options.get("type"), "__name__", ""), "TEXT")
+        options["metavar"] = METAVARS.get(field.name, usual)
     group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> tuple[str, Decoding, set[str]]:
-    """The verb, its settings, and the names of the flags that were given. What is not given comes
-    from the recipe, else from the toy world, else from the class."""
+    """The verb, its settings, and the names of the flags given. The others have the values of the
+    recipe, or else of the toy world, or else of the class."""
     parser, _ = make_parsers()
     values = vars(parser.parse_args(arguments))
     verb = values.pop("verb")
@@ -4280,9 +4291,8 @@ def choose_device(config: Decoding) -> Decoding:
 
 
 def join_processes(config: Decoding) -> Decoding:
-    """Meet the other processes that torchrun has started: each has a GPU of its own, or none has.
-    Returns the settings with the device of this one. To caption, they need not meet: each takes
-    its part of the pictures."""
+    """Join the processes that torchrun started: each has a GPU of its own, or none has. Returns the
+    settings with this one's device. To caption they need not meet: each takes its shard."""
     if config.device == "cuda":
         config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(config.device)
@@ -4295,7 +4305,7 @@ def join_processes(config: Decoding) -> Decoding:
 
 
 def memory_advice(config: Decoding) -> str:
-    """The flags that save memory and are not given yet."""
+    """The flags that save memory and were not given."""
     advice = ["a smaller --batch-size"]
     if isinstance(config, TrainConfig):
         advice[0] += " with as much more --accumulate"

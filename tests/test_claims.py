@@ -616,4 +616,5 @@ def test_the_readmes_name_flags_that_exist(path):
     known = {f"--{name.replace('_', '-')}" for name in fields}
     known |= {"--no-recursive", "--help", "--check", "--nproc-per-node"}
     known |= {"--seeds", "--jobs", "--quick", "--readme", "--only", "--tune"}
+    known |= {"--index-url", "--remote-name-all"}  # pip's and curl's
     assert set(re.findall(r"(?<!\S)[`(]?(--[a-z-]+)", path.read_text())) <= known

@@ -695,10 +695,12 @@ def test_help_names_every_field_with_its_default(verb, capsys, monkeypatch):
         assert (each.name.upper() if positional else "--" + each.name.replace("_", "-")) in text
         assert "".join(each.metadata["help"].split()) in text
         several = each.default and "action" in each.metadata
-        default = "".join(each.default) if several else each.default
-        switch = isinstance(default, bool) or default in (None, "")
-        assert positional or switch or f"(default:{default})" in text
-    assert not re.search(r"\(default:(None|False|\(\)|)\)", text)
+        default = "".join(each.default) if several else str(each.default)
+        switch = isinstance(each.default, bool) or each.default in (None, "")
+        assert positional or switch or re.search(rf"\(default:{re.escape(default)}[;)]", text)
+    assert not re.search(r"(default|world):(None|False|\(\)|)[;)]", text)
+    for name, value in distcap.TOY.items():
+        assert verb != "train" or value is None or f"toyworld:{value})" in text, name
 
 
 def test_what_can_be_said_without_torch_does_not_wait_for_it(tmp_path):

@@ -2,7 +2,6 @@
 nothing of distcap.py."""
 
 import ast
-import base64
 import inspect
 import json
 import re
@@ -228,12 +227,3 @@ def test_without_the_hub_the_last_chapter_says_so(executed):
     assert (
         said.startswith("The Hub cannot be reached") or said.count("\n") == 6
     )  # or it is in the cache
-
-
-def test_the_readme_shows_a_figure_of_the_committed_run():
-    (cell,) = [cell for cell in CODE if cell.id == "after"]
-    (figure,) = [
-        output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})
-    ]
-    assert base64.b64decode(figure) == (ROOT / "tests" / "tutorial.png").read_bytes()
-    assert "](tests/tutorial.png)" in (ROOT / "README.md").read_text()
