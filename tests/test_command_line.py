@@ -710,7 +710,7 @@ def test_what_can_be_said_without_torch_does_not_wait_for_it(tmp_path):
         import sys
         sys.argv[0] = "distcap"  # as a command: in Python, `import distcap` brings torch along
         import distcap
-        for line in sys.stdin:
+        for line in sys.argv[1:]:
             try:
                 status = distcap.main(line.split())
             except SystemExit as stop:
@@ -720,8 +720,8 @@ def test_what_can_be_said_without_torch_does_not_wait_for_it(tmp_path):
     done = ["--help", "--version", "caption --help"]
     wrong = ["train --recipe nobody", "caption EMPTY --beans 3", "paint", "eval", "train nowhere"]
     wrong += ["caption EMPTY --overwrite", "caption EMPTY nowhere", "eval EMPTY --captions nowhere"]
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    options = dict(input="\n".join([*done, *wrong]), cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-c", textwrap.dedent(code), *done, *wrong]
+    options = dict(cwd=tmp_path, capture_output=True, text=True)
     told = subprocess.run(command, env=HERE, check=True, **options).stderr.splitlines()
     assert [line for line in told if line[0] != "d"] == ["0 False"] * 3 + ["2 False"] * len(wrong)
     assert len(told) == 3 + 2 * len(wrong)  # a line for each mistake
