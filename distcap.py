@@ -172,10 +172,8 @@ LEARNING = (*DISCRIMINATORS, "grammar")  # regularizers that learn
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is optimized, and against what. The defaults are the method of Chaffin et al.
-
-    Raises UserError for a choice that does not exist.
-    """
+    """What is optimized, and against what. The defaults are the method of Chaffin et al. Raises
+    UserError for a choice that does not exist."""
 
     # fmt: off
     objective: str = flag("rl", "reinforcement learning, or teacher forcing alone (Eq. 1)",
@@ -184,21 +182,17 @@ class Method:
                          "pictures of the batch (contrastive, Eq. 6), the greedy caption (Eq. 7), "
                          "similar pictures (Eq. 8), a group of samples (Eq. 9), or nothing",
                          ("contrastive", "greedy", "neighbours", "group", "none"))
-    direction: str = flag("both", "the half of Eq. 6 that counts",
-                          ("both", "image-to-text", "text-to-image"))
+    direction: str = flag("both", "half of Eq. 6 used", ("both", "image-to-text", "text-to-image"))
     regularizer: str = flag("discriminator", "what rewards human writing (Eq. 4, 10); paced is a "
                             "discriminator that keeps pace, with --discriminator-steps 5",
                             ("discriminator", "paced", "kl", "cider", "grammar", "none"))
     samples: int = flag(1, "captions sampled for each picture", number(1))
-    neighbours: int = flag(0, "similar pictures to compare with; with Eq. 6 they join the batch "
-                           "as hard negatives", number(0))
-    similarity_weight: float = flag(0.94, "weight of CLIP's reward (alpha of Eq. 3); the "
-                                    "regularizer has the rest", number(0, 1, float))
+    neighbours: int = flag(0, "similar pictures; with Eq. 6, hard negatives", number(0))
+    similarity_weight: float = flag(0.94, "CLIP's share of the reward (Eq. 3)", number(0, 1, float))
     sampled_weight: float = flag(1.0, "weight of the loss on sampled captions (Eq. 2)", WEIGHT)
     ground_truth_weight: float = flag(1.0, "weight of the loss on human captions (Eq. 5)", WEIGHT)
     discriminator_steps: int = flag(1, "updates of the regularizer's network a step", number(1))
-    normalize: bool = flag(True, "learn from captions, and judge them, in lower case and without "
-                           "punctuation, as BLIP was trained")
+    normalize: bool = flag(True, "learn and judge captions without capitals and punctuation")
     length_normalizer: str = flag("constant", "what a caption's log p is divided by: a constant, "
                                   "or (to compare) its length", ("constant", "caption"))
     # fmt: on
@@ -873,7 +867,7 @@ class Learner:
 
 # ---- 6  Captioner: encode once, then sample, search and score from the same features -------------
 class Captioner:
-    """A captioner p(c|i) with its preprocessing: BLIP. Its subclasses say what differs elsewhere.
+    """A captioner p(c|i) with its preprocessing: BLIP. Subclasses say what other families change.
 
     `tokens` are (C, P + T): the P of `start` (the start token and the prompt, which are saved with
     the model, never scored and never shown), then the words, an end token, and padding."""
@@ -1496,8 +1490,8 @@ def load_image(image: Path | Image.Image, side: int | None = None) -> Image.Imag
 def find_images(paths: Sequence[str], recursive: bool = True,
                 notes: list[str] | None = None) -> list[Path]:  # fmt: skip
     """The pictures named, and those in the folders named, each once, in order; hidden ones only if
-    they are named. What is not there fails when it is read. What was passed over is added to
-    `notes`. Raises UserError if there is no picture at all."""
+    they are named. What does not exist fails when it is read. What is passed over is added to
+    `notes`. Raises UserError if there are no pictures at all."""
     found: dict[Path, None] = {}  # a dict keeps the order
     _, suffixes = picture_formats()
     others: Counter[str] = Counter()
@@ -1994,7 +1988,7 @@ class Bar(tqdm):
 
 
 def begin_worker(_: int) -> None:
-    """What a worker process does first. Ctrl-C reaches it too, but the main process decides."""
+    """How a worker process begins. Ctrl-C reaches it too, but the main process decides."""
     import_torch()  # if it is no fork: it has imported this file as the command did
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -2017,7 +2011,7 @@ def hold_interrupts() -> Iterator[None]:
 
 def read_ahead(dataset, order: Sequence, workers: int) -> Iterator:
     """The items of a dataset in this order, made by worker processes while the model works."""
-    workers = max(min(workers, len(order) - 1), 0)  # a process for a single batch does not pay
+    workers = max(min(workers, len(order) - 1), 0)  # not worth a process for a single batch
     options = dict(num_workers=workers, worker_init_fn=begin_worker)
     items = iter(torch.utils.data.DataLoader(dataset, None, sampler=order, **options))
     for _ in order:
@@ -3177,8 +3171,8 @@ def split(config: TrainConfig, skipped: list[Skipped]) -> tuple[list, list, list
 
 
 def tell_same_bytes(parts: dict[str, Sequence[Example]]) -> dict[Path, bytes]:
-    """Say in one line if pictures are copies of one another, as by mistake they often are. Returns
-    their digests."""
+    """Warn of pictures that are copies of one another, as they often are by mistake. Returns the
+    digests of all."""
     part_of = {each.image: name for name, examples in parts.items() for each in examples}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         digests = dict(zip(part_of, pool.map(file_digest, part_of)))
@@ -3244,8 +3238,8 @@ def open_run_folder(config: TrainConfig) -> Path:
 
 def examine(examples: list[Example], clip: CLIP, config: TrainConfig, skipped: list[Skipped],
             digests: dict[Path, bytes], needed: bool = True) -> tuple[list, Tensor]:  # fmt: skip
-    """The examples whose pictures can be read, and the embeddings (N, D) of these pictures. If they
-    are not `needed`, every picture is read all the same, and the embeddings are zeros."""
+    """The examples whose pictures can be read, and the embeddings (N, D) of these pictures: zeros
+    if they are not `needed`, though every picture is read all the same."""
     images = [example.image for example in examples]
     failures: list[tuple[int, UserError]] = []
     if needed:
@@ -3269,8 +3263,8 @@ def examine(examples: list[Example], clip: CLIP, config: TrainConfig, skipped: l
 
 def embed_cached(clip: CLIP, images: list, workers: int, failures: list,
                  digests: dict[Path, bytes]) -> Tensor:  # fmt: skip
-    """`CLIP.embed_images`, from the disk if these very pictures, by their `digests`, were embedded
-    by these very weights before. Pictures in memory are embedded anew."""
+    """`CLIP.embed_images`, from a cache if the same pictures, by their `digests`, were embedded by
+    the same weights before. Pictures in memory are always embedded anew."""
     if not all(isinstance(image, Path) for image in images):
         return clip.embed_images(images, workers)
     key = hashlib.sha256(clip.digest + b"".join(digests[image] for image in images))
@@ -4139,7 +4133,7 @@ def ignored_flags(config: Decoding) -> dict[str, str]:
 
 
 def check(config: Decoding, given: set[str]) -> None:
-    """Refuse what cannot be meant, before any slow work. `given` are the flags that were given."""
+    """Refuse settings that make no sense, before any slow work. `given` are the flags given."""
     for name, reason in ignored_flags(config).items():
         if name in given:
             value = getattr(config, reason)
