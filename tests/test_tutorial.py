@@ -2,6 +2,7 @@
 nothing of distcap.py."""
 
 import ast
+import html
 import inspect
 import json
 import re
@@ -18,8 +19,73 @@ ROOT = Path(distcap.__file__).parent
 PATH = ROOT / "tutorial.ipynb"
 NOTEBOOK = nbformat.read(PATH, as_version=4)
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+MARKDOWN = [cell for cell in NOTEBOOK.cells if cell.cell_type == "markdown"]
+CELLS = {cell.id: cell for cell in NOTEBOOK.cells}
 TEXT = Path(distcap.__file__).read_text()
 DEFINITIONS = ast.FunctionDef | ast.ClassDef
+
+# Of each exercise, by the id of its cell: a right answer and a wrong one. These are the teacher's.
+ANSWERS = {
+    "eq-1-answer": (
+        "every = distcap.caption_log_probs(log_probs, torch.ones(3, 3), longest)\n"
+        "answer = distcap.teacher_forcing_loss(every).item()",
+        "answer = loss1.item()",
+    ),
+    # Its logit moves by A (1 - p) = -2/3, the others by 1/3, so p = 1 / (1 + 2e).
+    "eq-2-answer": ("answer = one_step(-1.0)[0].item()", "answer = one_step(1.0)[0].item()"),
+    # -A, divided by the constant of Eq. 1, three, and by three captions
+    "eq-5-answer": ("answer = 0.2 / 9", "answer = -0.2 / 9"),
+    "eq-6-answer": (
+        "answer = ((s * captions @ pictures.T).log_softmax(dim=0).diagonal() / s).tolist()",
+        "answer = rewards6.tolist()",
+    ),
+    "eq-8-answer": (
+        "hardest = pictures[torch.tensor([[1], [0], [1]])]\n"
+        "answer = distcap.neighbours_reward(captions, pictures, hardest).tolist()",
+        "answer = [0.8, 0.44, 0.8]",
+    ),
+    # 0.9 a + 0.05 (1 - a) = 0.6 a + 0.95 (1 - a)
+    "eq-3-answer": ("answer = 0.9 / (0.9 + 0.3)", "answer = 0.94"),
+    "eq-7-answer": ("answer = 0.05 * (0 - 1) + 0.05 * (0.5 - 1)", "answer = 0.0"),
+    "eq-9-answer": ("answer = 2 / 3", "answer = [2 / 3, 2 / 3]"),
+    "eq-4-answer": ("answer = math.log(2)", "answer = 0"),
+    "write-1-answer": (
+        "def my_log_p(log_probs, mask, divisor):\n"
+        "    total = (log_probs * mask).sum(dim=1)\n"
+        "    return total / (mask.sum(dim=1) if divisor is None else divisor)",
+        "def my_log_p(log_probs, mask, divisor):\n"
+        "    return (log_probs * mask).sum(dim=1) / (divisor or len(mask[0]))",
+    ),
+    "write-2-answer": (
+        "def my_text_to_image(rows, images, image_index, s):\n"
+        "    logits = s * rows @ images.T\n"
+        "    others = logits.scatter(1, image_index[:, None], -torch.inf)\n"
+        "    mine = logits.gather(1, image_index[:, None]).squeeze(1)\n"
+        "    return (mine - others.logsumexp(dim=1)) / s",
+        "def my_text_to_image(rows, images, image_index, s):\n"
+        "    logits = s * rows @ images.T\n"
+        "    mine = logits.gather(1, image_index[:, None]).squeeze(1)\n"
+        "    return (mine - logits.logsumexp(dim=1)) / s",
+    ),
+    "write-3-answer": (
+        "def my_group_advantages(rewards):\n"
+        "    count = rewards.shape[1]\n"
+        "    return (rewards - rewards.mean(dim=1, keepdim=True)) * count / (count - 1)",
+        "def my_group_advantages(rewards):\n"
+        "    return rewards - rewards.mean(dim=1)",  # which stops: the shapes do not match
+    ),
+    "predict-1-answer": ('guess = "longer"', 'guess = "shorter"'),
+    "predict-2-answer": ('guess = "lower"', 'guess = "higher"'),
+    "predict-3-answer": ('guess = "nearly always"', 'guess = "about half"'),
+    "bug-padding": ("example = [[-1, -2], [-1, 0]], [[1, 1], [1, 0]]",
+                    "example = [[-1, -2], [-1, -3]], [[1, 1], [1, 1]]"),
+    "bug-beam": ("example = [2, 0, 0], [0.1, 0.9, 0.1]", "example = [2, 0, 0], [0.9, 0.1, 0.1]"),
+    "bug-exp": ("example = 100", "example = 10"),
+    "bug-human": ("example = [-1], [-2], [0.1], [0.5]", "example = [-1], [-2], [0.1], [-0.5]"),
+    "bug-dropout": ('example = 0.1, "a red ring and a blue bar"',
+                    'example = 0.0, "a red ring and a blue bar"'),
+    "bug-top-k": ("example = [0.5, 0.3, 0.2]", "example = [1 / 3, 1 / 3, 1 / 3]"),
+}  # fmt: skip
 
 
 def sections() -> dict[str, str]:
@@ -52,39 +118,55 @@ def source(name: str) -> str:
 
 
 def texts(cell) -> list[str]:
-    """What a cell printed, showed as Markdown or as a plain value."""
+    """What a cell printed, showed as Markdown or HTML, or as a plain value; without figures."""
     plain = [output.get("text", "") for output in cell.outputs]
     data = [output.get("data", {}) for output in cell.outputs]
-    return plain + [
-        value for each in data for kind, value in each.items() if kind.startswith("text/")
-    ]
+    found = [value for each in data for kind, value in each.items() if kind.startswith("text/")]
+    return plain + [re.sub(r"base64,[^\"]*", "", text) for text in found]
 
 
-def solutions(markdown: str) -> list[str]:
-    """The code of the folded solutions in a Markdown cell."""
-    folded = re.findall(r"<details>.*?</details>", markdown, flags=re.S)
-    return [re.search(r"```python\n(.*?)```", each, flags=re.S)[1] for each in folded]
+def figures(cell) -> list[tuple]:
+    """Of each figure of a cell: its `alt`, its caption, and the output's metadata."""
+    found = []
+    for output in cell.outputs:
+        text = output.get("data", {}).get("text/html", "")
+        if "<img" not in text:
+            continue
+        alt, caption = (
+            html.unescape(re.search(pattern, text, flags=re.S)[1])
+            for pattern in (r'<img alt="(.*?)"', r"<figcaption.*?>(.*?)</figcaption>")
+        )
+        found.append((alt, caption, output.metadata))
+    return found
+
+
+def call(cell) -> str:
+    """The last statement of an exercise's cell: the call that checks the answer."""
+    return ast.unparse(ast.parse(cell.source).body[-1])
 
 
 def test_the_committed_file_is_a_whole_run_from_top_to_bottom():
     assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
-    outputs = [output for cell in CODE for output in cell.outputs]
-    assert not [
-        output
-        for output in outputs
-        if output.output_type == "error" or output.get("name") == "stderr"
-    ]
+    assert_clean(CODE)
     assert PATH.stat().st_size < 1_500_000
+
+
+def assert_clean(cells) -> None:
+    """No output is an error, a word on stderr, or a message that something failed."""
+    for cell in cells:
+        for output in cell.outputs:
+            assert output.output_type != "error" and output.get("name") != "stderr", cell.id
+        for text in texts(cell):
+            said = "" if text.startswith("```") else text  # sources speak of errors
+            assert not re.search(r"Traceback|Error\b|cannot be|Warning", said), (cell.id, said)
 
 
 def test_the_committed_file_names_no_folder_of_the_machine_and_carries_no_needless_metadata():
     text = "\n".join(each for cell in CODE for each in texts(cell))
-    assert re.findall(r"(?<![\w.])/(?:tmp|work|home|root|usr|var|Users|private)\b", text) == []
+    assert re.findall(r"(?<![\w.<])/(?:tmp|work|home|root|usr|var|Users|private)\b", text) == []
     assert NOTEBOOK.metadata.kernelspec.name == "python3"
     assert set(NOTEBOOK.metadata) == {"kernelspec", "language_info"}
-    assert {key for cell in NOTEBOOK.cells for key in cell.metadata} <= {
-        "jupyter"
-    }  # the folded checks
+    assert {key for cell in NOTEBOOK.cells for key in cell.metadata} <= {"jupyter"}  # folded cells
 
 
 def test_every_source_shown_is_todays():
@@ -99,10 +181,17 @@ def test_every_source_shown_is_todays():
 def test_the_chapters_are_the_sections_of_the_file_in_their_order():
     first_lines = [cell.source.split("\n")[0] for cell in NOTEBOOK.cells]
     chapters = [line.removeprefix("## ") for line in first_lines if line.startswith("## ")]
-    assert chapters[0] == "0  The story"
-    assert len(chapters) == len(sections()) + 1
-    for chapter, header in zip(chapters[1:], sections()):
-        assert re.match(rf"{re.escape(header)}\b", chapter), f"{chapter} is not {header}"
+    assert chapters == ["0 The story", *(header.replace("  ", " ") for header in sections())]
+
+
+def test_every_link_within_the_notebook_leads_to_a_heading():
+    """An anchor is the heading with hyphens for spaces: so in JupyterLab, nbconvert and GitHub."""
+    text = "\n".join(cell.source for cell in MARKDOWN)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    links = re.findall(r"\]\(#(.*?)\)", text)
+    assert set(links) <= {heading.replace(" ", "-") for heading in headings}
+    chapters = {line.replace(" ", "-") for line in headings if line[0].isdigit()}
+    assert len(chapters) == 13 and chapters <= set(links)
 
 
 @pytest.mark.parametrize("name", ["Objective", "Rewards and baselines", "Regularizers", "One step"])
@@ -135,44 +224,63 @@ def is_stored(node: ast.AST) -> bool:
 
 
 def test_equations_1_to_9_each_have_a_chapter():
-    """Equation, source, check by hand, figure in words, exercise and solution."""
-    cells = {cell.id: cell for cell in NOTEBOOK.cells}
+    """Equation, source, check by hand, figure, and an exercise."""
     for number in range(1, 10):
-        assert rf"\tag{{{number}}}" in "".join(cell.source for cell in NOTEBOOK.cells)
-        assert shown(cells[f"eq-{number}-code"]) and "assert " in cells[f"eq-{number}-code"].source
-        outputs = cells[f"eq-{number}-plot"].outputs
-        assert any("image/png" in output.get("data", {}) for output in outputs)
-        assert "*Figure:" in cells[f"eq-{number}-figure"].source
-        assert "What breaks if" in cells[f"eq-{number}-exercise"].source
-        assert len(solutions(cells[f"eq-{number}-solution"].source)) == 1
+        assert rf"\tag{{{number}}}" in "".join(cell.source for cell in MARKDOWN)
+        assert shown(CELLS[f"eq-{number}-code"]) and "assert " in CELLS[f"eq-{number}-code"].source
+        assert figures(CELLS[f"eq-{number}-plot"])
+        assert f"**Exercise Eq. {number} (compute).**" in CELLS[f"eq-{number}-exercise"].source
 
 
 def test_equation_10_has_each_regularizer_with_its_source_and_a_value_by_hand():
-    cells = {cell.id: cell for cell in NOTEBOOK.cells}
-    assert r"\tag{10}" in cells["eq-10"].source
+    assert r"\tag{10}" in CELLS["eq-10"].source
     for name, sources in (
         ("eq-10-kl", ["KL"]),
         ("eq-10-cider-code", ["plain_words", "Cider"]),
         ("eq-10-grammar-code", ["corrupt", "Grammar"]),
     ):
-        assert shown(cells[name]) == sources
-        assert "by_hand" in cells[name].source and "assert " in cells[name].source
+        assert shown(CELLS[name]) == sources
+        assert "by_hand" in CELLS[name].source and "assert " in CELLS[name].source
 
 
 @pytest.mark.parametrize("name", ["baseline-exact", "baseline-three-code"])
 def test_the_theorems_of_length_are_asserted_both_ways(name):
     """A constant reward and a baseline are neutral with the sum, and not with the mean of each
     caption, which an older notebook used while it said that they were."""
-    (cell,) = [cell for cell in CODE if cell.id == name]
-    asserted = [line for line in cell.source.split("\n") if line.lstrip().startswith("assert ")]
+    lines = CELLS[name].source.split("\n")
+    asserted = [line for line in lines if line.lstrip().startswith("assert ")]
     assert any("[2.0, " in line and "allclose" in line for line in asserted)
     assert any("[None, " in line and ">" in line for line in asserted)
 
 
-def test_every_figure_has_words_for_those_who_do_not_see_it():
-    for before, cell in zip(NOTEBOOK.cells, NOTEBOOK.cells[1:]):
-        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
-            assert before.cell_type == "markdown" and "*Figure:" in before.source, cell.id
+def test_every_figure_has_words_for_those_who_do_not_see_it_and_a_caption():
+    """In the HTML, where nbconvert, JupyterLab and GitHub use them, and in the metadata."""
+    found = [figure for cell in CODE for figure in figures(cell)]
+    assert len(found) >= 25
+    for alt, caption, metadata in found:
+        assert len(alt) > 60 and metadata["alt"] == alt
+        assert len(caption) > 60 and caption != alt
+
+
+def test_no_figure_is_shown_but_by_that_one_function():
+    for cell in CODE:
+        assert "plt.show" not in cell.source
+        kinds = [set(output.get("data", {})) for output in cell.outputs]
+        assert all("text/html" in each for each in kinds if "image/png" in each)
+
+
+def test_the_answers_cannot_be_read_off_the_notebook():
+    (cell,) = [cell for cell in CODE if cell.id == "hidden-checks"]
+    (scrambled,) = [
+        ast.literal_eval(node.value)
+        for node in ast.parse(cell.source).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "SCRAMBLED"
+    ]
+    assert len(scrambled) == 9
+    assert all(re.fullmatch(r"[0-9a-f]{16}", each) for each in scrambled.values())
+    for name in ANSWERS:
+        blank = CELLS[name].source
+        assert re.search(r"^(answer|guess|example) = None|^    \.\.\.", blank, flags=re.M), name
 
 
 def test_lines_of_code_are_short():
@@ -180,50 +288,47 @@ def test_lines_of_code_are_short():
 
 
 @pytest.fixture(scope="module")
-def executed():
-    """The notebook run anew, once: as it is, and after each exercise its solution."""
+def executed(tmp_path_factory):
+    """The notebook run anew, once: as it is, after each exercise a right and a wrong answer, and
+    after the chapter on photographs a folder of larger ones."""
     notebook = nbformat.from_dict(json.loads(json.dumps(NOTEBOOK)))
     cells = []
     for cell in notebook.cells:
         cells.append(cell)
-        cells += [
-            new_code_cell(code, id="solved")
-            for code in solutions(cell.source)
-            if cell.cell_type == "markdown"
-        ]
-    for number, cell in enumerate(cells):
-        cell.id = f"{cell.id}-{number}"  # ids must differ
+        for kind, code in zip(("right", "wrong"), ANSWERS.get(cell.id, ())):
+            cells.append(new_code_cell(f"{code}\n{call(cell)}", id=f"{kind}-{cell.id}"))
+        if cell.id == "photographs":
+            folder = tmp_path_factory.mktemp("photographs")
+            for name, colour in (("a b.jpg", "red"), ("c.png", "blue")):
+                distcap.Image.new("RGB", (300, 200), colour).save(folder / name)
+            code = cell.source.replace("PHOTOGRAPHS = None", f"PHOTOGRAPHS = {str(folder)!r}", 1)
+            cells.append(new_code_cell(code, id="others"))
     notebook.cells = cells
     client = NotebookClient(
         notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "OMP_NUM_THREADS", "1"
-        )  # with models this small two gain little, and lose much on a busy machine
+        # With models this small two threads gain little, and lose much on a busy machine.
+        patch.setenv("OMP_NUM_THREADS", "1")
         client.execute()
-    return [cell for cell in cells if cell.cell_type == "code"]
+    return {cell.id: cell for cell in cells if cell.cell_type == "code"}
 
 
 def test_it_runs_without_an_error_or_a_word_on_stderr(executed):
-    outputs = [output for cell in executed for output in cell.outputs]
-    assert not [
-        output
-        for output in outputs
-        if output.output_type == "error" or output.get("name") == "stderr"
-    ]
+    assert_clean([executed[cell.id] for cell in CODE])
 
 
-def test_every_solution_is_right_and_no_answer_is_given_beforehand(executed):
-    solved = ["".join(texts(cell)) for cell in executed if cell.id.startswith("solved")]
-    assert len(solved) == 9 and all(text.endswith("right.\n") for text in solved)
-    asked = ["".join(texts(cell)) for cell in executed if "-answer-" in cell.id]
-    assert len(asked) == 9 and all(text.endswith("no answer yet.\n") for text in asked)
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_exercise_tells_right_from_wrong_and_waits_for_an_answer(executed, name):
+    blank, right, wrong = (
+        "".join(texts(executed[each])) for each in (name, f"right-{name}", f"wrong-{name}")
+    )
+    assert re.search(r"no (answer|guess) yet", blank)
+    assert right.endswith("right.\n") and "not yet" not in right
+    assert re.search(r"not yet|not what you expected", wrong) and not wrong.endswith("right.\n")
 
 
-def test_without_the_hub_the_last_chapter_says_so(executed):
-    (cell,) = [cell for cell in executed if cell.id.startswith("hub-try")]
-    said = "".join(texts(cell))
-    assert (
-        said.startswith("The Hub cannot be reached") or said.count("\n") == 6
-    )  # or it is in the cache
+def test_the_photographs_may_be_any(executed):
+    said = "".join(texts(executed["others"])).splitlines()
+    assert [line.split("  ")[0] for line in said] == ["a b.jpg", "c.png"]
+    assert len("".join(texts(executed["photographs"])).splitlines()) == 6
