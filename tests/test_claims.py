@@ -523,8 +523,9 @@ def made_up(tmp_path):
     rng = random.Random(0)
     plan = claims.Plan(tmp_path, 2, quick=False)
     parts = {"main": plan.rows({}), "departures": plan.departures(), "world": plan.world()}
-    names = [f"{row}; {claims.LONGER}" for row in (claims.FULL, claims.BOTH)]
-    parts["robustness"] = dict.fromkeys(names)
+    rows = (claims.FULL, claims.HUMAN, claims.BOTH, claims.COSINE)
+    changes = (claims.FASTER, claims.LONGER, claims.SLOWER)
+    parts["robustness"] = [f"{row}; {change}" for row in rows for change in changes]
     words = {"end": ["hacked", ""], "cracked": ["truth", "grammar"], "seed": [0, 1]}
     found = {}
     for part, rows in parts.items():

@@ -565,7 +565,7 @@ def rewards(steps: list[dict], count: int = 25) -> tuple[float, float]:
 def end(folder: Path, results: dict) -> str:
     """Where training led. "no words": most captions have none. "errs": more than FALL of them
     turned false, but an ideal reader finds more pictures than before. "hacked": they turned false,
-    the reader finds fewer, and the reward rose. "spoilt": the same, but it did not rise. Else ""."""
+    the reader finds fewer, the reward rose. "spoilt": the same, but it did not rise. Else ""."""
     captions = json.loads((folder / "captions.json").read_text())
     if sum(not each["caption"].split() for each in captions) > len(captions) / 2:
         return "no words"
