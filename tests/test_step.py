@@ -212,6 +212,7 @@ def test_the_record_is_numbers_that_json_can_hold(learn):
     _, record = learner.reinforce_step(batch)
     names = {"reward", "ground_truth_reward", "greedy_reward", "regularizer_loss", "mean_length"}
     names |= {"similarity", "regularizer", "ground_truth_share"}
+    names |= {"similarity_spread", "regularizer_spread"}
     assert names | {"discriminator_accuracy"} == set(record)
     assert all(type(value) is float for value in record.values())
 
