@@ -262,6 +262,14 @@ def test_every_figure_has_words_for_those_who_do_not_see_it_and_a_caption():
         assert len(caption) > 60 and caption != alt
 
 
+def test_the_end_of_the_committed_story_is_a_happy_one():
+    """The whole method's captions are true of their pictures; those of the cosine are hacked."""
+    rows = re.findall(r"^(\w+) (\d+) +([\d.]+) +([\d.]+)", texts(CELLS["verdict"])[0], flags=re.M)
+    last = {name: (float(well_formed), float(faithful)) for name, _, well_formed, faithful in rows}
+    assert last["full"][1] >= 0.97 and last["full"][0] >= 0.99
+    assert last["cosine"][0] < 0.5 and last["competing"][0] < 0.5
+
+
 def test_no_figure_is_shown_but_by_that_one_function():
     for cell in CODE:
         assert "plt.show" not in cell.source
