@@ -99,6 +99,7 @@ def test_differences_are_told_of_rows_and_of_departures():
 def write_run(folder, rewards, before=1.0, after=1.0, captions=("a b",) * 4, oracle=0.5, **more):
     """A folder with what a run leaves. `oracle`: R@1 before; afterwards it is 0.25."""
     folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"sampled_weight": more.get("weight", 1.0)}))
     steps = [{"stage": "rl", "reward": reward, **more} for reward in rewards]
     text = "".join(json.dumps(step) + "\n" for step in [{"stage": "tf"}, *steps])
     (folder / "log.jsonl").write_text(text)
@@ -117,6 +118,7 @@ def test_hacked_is_said_only_where_the_reward_rose_and_the_truth_fell(tmp_path):
     assert claims.end(*write_run(tmp_path / "2", falling, after=0.5)) == "spoilt"
     assert claims.end(*write_run(tmp_path / "3", rising, after=0.95)) == ""
     assert claims.end(*write_run(tmp_path / "5", rising, after=0.5, oracle=0.2)) == "errs"
+    assert claims.end(*write_run(tmp_path / "6", rising, after=0.5, weight=0.0)) == "errs"
     empty = ("", " ", "", "a")
     assert claims.end(*write_run(tmp_path / "4", rising, after=0.0, captions=empty)) == "no words"
     assert claims.rewards([{"reward": n} for n in range(100)]) == (12.0, 87.0)
