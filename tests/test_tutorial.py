@@ -166,7 +166,8 @@ def test_the_committed_file_names_no_folder_of_the_machine_and_carries_no_needle
     assert re.findall(r"(?<![\w.<])/(?:tmp|work|home|root|usr|var|Users|private)\b", text) == []
     assert NOTEBOOK.metadata.kernelspec.name == "python3"
     assert set(NOTEBOOK.metadata) == {"kernelspec", "language_info"}
-    assert {key for cell in NOTEBOOK.cells for key in cell.metadata} <= {"jupyter"}  # folded cells
+    # Folded cells: `jupyter` for JupyterLab, `transient` for nbconvert.
+    assert {key for cell in NOTEBOOK.cells for key in cell.metadata} <= {"jupyter", "transient"}
 
 
 def test_every_source_shown_is_todays():
