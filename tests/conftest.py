@@ -7,6 +7,7 @@ import signal
 import tempfile
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # no test may write into the user's home
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share two cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import: no test may reach for the network
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # `main` does it too, but after these imports
 
