@@ -915,7 +915,8 @@ def figure(rows: dict[str, dict], path: Path) -> None:
     height = -0.07
     for row in sorted(HEADLINE, key=lambda row: points[row][::-1]):
         x, y = points[row]
-        broken = rows[row]["end"].count("hacked") > len(rows[row]["end"]) / 2
+        ends = rows[row]["end"]
+        broken = ends.count("hacked") + ends.count("spoilt") > len(ends) / 2
         colour, marker = ("#d55e00", "X") if broken else ("#0072b2", "o")  # for all eyes
         axes.plot(x, y, marker, color=colour, markersize=11, markeredgecolor="white")
         height = max(height + 0.085, min(y, 1.02 - 0.085 * (len(HEADLINE) - 1)))
