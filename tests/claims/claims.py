@@ -846,9 +846,10 @@ class Prose:
         """The same in the second world."""
         return f"{100 * second_world.GENERIC:.0f}"
 
-    def seed_count(self) -> str:
-        """How many seeds the main table has."""
-        return str(len(self.tables["main"][FULL]["seed"]))
+    def seed_count(self, part: str = "main") -> str:
+        """How many seeds a table has."""
+        first = next(iter(self.tables[part].values()))
+        return str(len(first["seed"]))
 
     def row_count(self) -> str:
         """How many rows it has."""
