@@ -256,12 +256,53 @@ def test_only_complete_seeds_are_told(tmp_path):
     tasks = claims.flat(plan.departures())
     for task in tasks[:-1]:
         write_run(task.folder, [0.0] * 60)
-    found = claims.summary(plan, {})
+    found = claims.summary(plan, {}, {})
     assert [row["seed"] for row in found["departures"].values()] == [[0]] * len(claims.UNDONE)
     assert found["main"] == found["world"] == {}
     lines = claims.line_by_line(found).split("\n")
     assert json.loads("\n".join(lines)) == found
     assert sum(line.startswith('"the full method, ') for line in lines) == len(claims.UNDONE)
+
+
+def test_seeds_of_the_file_are_kept_and_others_come_to_them(tmp_path, monkeypatch):
+    """--keep: what claims.json holds is not made again, nor what it was made from."""
+    monkeypatch.setattr(claims, "HELD", {})
+    made = []
+
+    def pretend(pool, tasks):
+        for task in tasks:
+            made.append((task.part, task.row, task.seed))
+            if task.row != claims.JUDGE:
+                write_run(task.folder, [0.0] * 60)
+            found = {"flags": task.flags, "judge_R@1": 0.25}
+            (task.folder / "run.json").parent.mkdir(parents=True, exist_ok=True)
+            (task.folder / "run.json").write_text(json.dumps(found))
+        return []
+
+    monkeypatch.setattr(claims, "make_all", pretend)
+    rows = [f"{claims.FULL}, {name}" for name in claims.UNDONE]
+    kept = {"departures": {row: {"flags": ""} | columns(seed=[0, 1]) for row in rows}}
+    kept["departures"][rows[0]]["oracle_R@1"] = [0.125, 0.75]
+    plan = claims.Plan(tmp_path, 3, quick=False)
+    assert claims.train_all(plan, ("departures",), 1, kept) == []
+    start, judge = ("starts", claims.START, 2), ("starts", claims.JUDGE, 2)
+    assert made == [start, judge, *(("departures", row, 2) for row in rows)]
+    found = claims.summary(plan, {}, kept)["departures"]
+    assert found[rows[0]]["seed"] == [0, 1, 2]
+    assert found[rows[0]]["oracle_R@1"][:2] == [0.125, 0.75]
+    assert found[rows[0]]["judge_R@1"] == [0.5, 0.5, 0.25]
+
+
+def test_a_kept_row_has_the_same_flags(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "HELD", {})
+    task = claims.Task("main", "a row", 0, tmp_path, "--steps 3")
+    table = {"a row": {"flags": "--steps 4"} | columns(seed=[0, 1])}
+    claims.hold({"a row": [task]}, table)
+    assert not task.finished
+    table["a row"]["flags"] = "--steps 3"
+    claims.hold({"a row": [task]}, table)
+    assert task.finished and not task.made
+    assert claims.values(task)["oracle_R@1"] == 0.5
 
 
 def test_the_best_rival_has_no_human_trajectories(tmp_path):
@@ -617,6 +658,6 @@ def test_the_readmes_name_flags_that_exist(path):
     fields = [field.name for cls in classes for field in dataclasses.fields(cls)]
     known = {f"--{name.replace('_', '-')}" for name in fields}
     known |= {"--no-recursive", "--help", "--check", "--nproc-per-node"}
-    known |= {"--seeds", "--jobs", "--quick", "--readme", "--only", "--tune"}
+    known |= {"--seeds", "--jobs", "--quick", "--readme", "--only", "--keep"}
     known |= {"--index-url", "--remote-name-all"}  # pip's and curl's
     assert set(re.findall(r"(?<!\S)[`(]?(--[a-z-]+)", path.read_text())) <= known

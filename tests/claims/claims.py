@@ -5,6 +5,7 @@
     python tests/claims/claims.py --seeds 1 --quick             # a few steps of everything
     python tests/claims/claims.py --seeds 5 --only main         # one part
     python tests/claims/claims.py --seeds 3 --only tables       # of what is finished already
+    python tests/claims/claims.py --seeds 8 --keep --readme     # add seeds to those of claims.json
 
 The parts, in this order. *tune*: how much each regularizer weighs, on two worlds that no table
 uses. *main*: a row for each objective, from the same start on each seed. *departures*: the full
@@ -16,8 +17,9 @@ as wide, never a reward) are made once for each seed; every row of the seed cont
 Rows are trained with distcap's defaults for the toy world, but for what their name says.
 
 Finished runs are kept in --out, and a command that was interrupted goes on where it stopped; after
-a change to distcap.py, give another folder. A job is a process with one thread on the CPU: rounding
-depends on that, so keep it.
+a change to distcap.py, give another folder. With --keep, seeds that claims.json holds are not run
+again, and nothing is tuned: that goes on on another machine. A job is a process with one thread on
+the CPU: rounding depends on that, so keep it.
 """
 
 import argparse
@@ -240,13 +242,29 @@ class Task:
         return Task(part, START, self.seed, self.out).folder
 
     @property
-    def finished(self) -> bool:
-        """Whether it is made, with these very flags."""
+    def made(self) -> bool:
+        """Whether its folder is there, made with these very flags."""
         path = self.folder / "run.json"
         return path.exists() and json.loads(path.read_text())["flags"] == self.flags
 
+    @property
+    def finished(self) -> bool:
+        """Whether its values are known: it is made, or claims.json has them and is kept."""
+        return self in HELD or self.made
+
 
 JUDGE = "judge"
+HELD: dict[Task, dict] = {}  # the values of runs that claims.json holds, with --keep
+
+
+def hold(rows: dict[str, list[Task]], table: dict[str, dict]) -> None:
+    """Take the values of these tasks from a table of claims.json, where it has them."""
+    for row, tasks in rows.items():
+        found = table.get(row, {"flags": None, "seed": []})
+        for task in tasks:
+            if task.flags == found["flags"] and task.seed in found["seed"]:
+                number = found["seed"].index(task.seed)
+                HELD[task] = {name: found[name][number] for name in KEPT}
 
 
 def size_flags(quick: bool) -> list[str]:
@@ -358,8 +376,8 @@ def begin() -> None:
 
 
 def make_all(pool: ProcessPoolExecutor, tasks: Iterable[Task]) -> list[str]:
-    """Make what is not finished, and tell. Returns what failed; the rest is made all the same."""
-    waiting = {pool.submit(make, task): task for task in tasks if not task.finished}
+    """Make what is not made, and tell. Returns what failed; the rest is made all the same."""
+    waiting = {pool.submit(make, task): task for task in tasks if not task.made}
     failures = []
     for number, done in enumerate(as_completed(waiting), 1):
         task, found = waiting[done], "done"
@@ -367,7 +385,7 @@ def make_all(pool: ProcessPoolExecutor, tasks: Iterable[Task]) -> list[str]:
             failures.append(f"{task.folder}: {done.exception()!r}")
             found = "failed"
         elif (task.folder / "results.json").exists():
-            found = f"oracle R@1 {values(task)['oracle_R@1']:.2f}"
+            found = f"oracle R@1 {values_of_run(task)['oracle_R@1']:.2f}"
         where = f"{task.part} {number}/{len(waiting)}, seed {task.seed}"
         print(f"{time.strftime('%X')} {where}: {task.row} {task.flags}: {found}", flush=True)
     return failures
@@ -387,23 +405,6 @@ class Plan:
         """A task; its flags in a form that does not depend on spaces."""
         flags = " ".join(flags.split())
         return Task(part, row, seed, self.out, flags, quick=self.quick, **more)
-
-    def starts(self, parts: Iterable[str]) -> list[Task]:
-        """What has to be there before these parts."""
-        parts = set(parts)
-        tasks = []
-        if "tune" in parts:
-            tasks += [self.task("starts", START, seed) for seed in self.tuning_seeds]
-        if parts & {"main", "departures", "robustness"}:
-            tasks += [self.task("starts", START, seed) for seed in self.seeds]
-        if "world" in parts:
-            tasks += [self.task("world", START, seed) for seed in self.few_seeds]
-        return tasks
-
-    def judges(self, parts: Iterable[str]) -> list[Task]:
-        """The judges that these parts need."""
-        needed = {"main", "departures"} & set(parts)
-        return [self.task("starts", JUDGE, seed) for seed in self.seeds] if needed else []
 
     def spreads(self) -> dict[str, Task]:
         """Of each row that is tuned, a short run in which the spreads are measured."""
@@ -482,10 +483,35 @@ class Plan:
             for row in WORLD_ROWS
         }
 
+    def table(self, part: str, alphas: dict[str, float], kept: dict) -> dict[str, list[Task]]:
+        """The tasks of a part. From now on, what the tables `kept` have of it is known."""
+        rows = {
+            "main": lambda: self.rows(alphas),
+            "departures": self.departures,
+            "robustness": lambda: self.robustness(alphas),
+            "world": self.world,
+        }[part]()
+        hold(rows, kept.get(part, {}))
+        return rows
+
 
 def flat(tasks: dict[str, list[Task]]) -> list[Task]:
     """The tasks of a table, seed by seed."""
     return [task for seed in zip(*tasks.values()) for task in seed]
+
+
+def starts(tasks: Iterable[Task]) -> list[Task]:
+    """What has to be there before these are made."""
+    parts = [(task, "world" if task.part == "world" else "starts") for task in tasks]
+    found = (Task(part, START, task.seed, task.out, quick=task.quick) for task, part in parts)
+    return list(dict.fromkeys(found))
+
+
+def judges(tasks: Iterable[Task]) -> list[Task]:
+    """The judges that these need."""
+    judged = [task for task in tasks if task.part in ("starts", "main", "departures")]
+    found = (Task("starts", JUDGE, task.seed, task.out, quick=task.quick) for task in judged)
+    return list(dict.fromkeys(found))
 
 
 # ---- Tuning --------------------------------------------------------------------------------------
@@ -620,7 +646,12 @@ def auc(steps: list[dict], window: int = 10) -> float | None:
 
 
 def values(task: Task) -> dict[str, float | str | None]:
-    """All that is known of a run."""
+    """All that is known of a run, whether it was made here or is kept."""
+    return HELD[task] if task in HELD else values_of_run(task)
+
+
+def values_of_run(task: Task) -> dict[str, float | str | None]:
+    """All that the folder of a run tells."""
     results = json.loads((task.folder / "results.json").read_text())
     found = dict.fromkeys(KEPT) | results["after"]
     found |= json.loads((task.folder / "run.json").read_text())
@@ -640,17 +671,12 @@ def rounded(found: Iterable) -> list:
     return [round(value, 6) if isinstance(value, float) else value for value in found]
 
 
-def summary(plan: Plan, alphas: dict[str, float]) -> dict[str, dict[str, dict]]:
-    """What claims.json holds: of each table each row's values, on each seed that is complete."""
-    tables = {
-        "main": plan.rows(alphas),
-        "departures": plan.departures(),
-        "robustness": plan.robustness(alphas),
-        "world": plan.world(),
-    }
+def summary(plan: Plan, alphas: dict[str, float], kept: dict) -> dict[str, dict[str, dict]]:
+    """What claims.json holds: of each table each row's values, on each seed that is complete. What
+    the tables `kept` have is taken from them."""
     found = {}
-    for part, rows in tables.items():
-        found[part] = {}
+    for part in PARTS[1:]:
+        rows, found[part] = plan.table(part, alphas, kept), {}
         seeds = [seed for seed in zip(*rows.values()) if all(task.finished for task in seed)]
         for number, row in enumerate(rows if seeds else ()):
             each = [values(seed[number]) for seed in seeds]
@@ -961,25 +987,27 @@ def read_tuning(out: Path) -> dict[str, dict]:
     return {}
 
 
-def train_all(plan: Plan, parts: tuple[str, ...], jobs: int) -> list[str]:
-    """Make whatever is not finished of these parts. Returns what failed."""
+def train_all(plan: Plan, parts: tuple[str, ...], jobs: int, kept: dict) -> list[str]:
+    """Make whatever is not finished of these parts, but for what the tables `kept` hold. Returns
+    what failed."""
     with ProcessPoolExecutor(jobs, initializer=begin) as pool:
-        make_now = functools.partial(make_all, pool)
-        failures = make_now(plan.starts(parts)) + make_now(plan.judges(parts))
-        if "tune" in parts and not failures:
+
+        def make_now(tasks: Iterable[Task]) -> list[str]:
+            """These, after what they need."""
+            missing = [task for task in tasks if not task.finished]
+            failures = make_all(pool, starts(missing)) + make_all(pool, judges(missing))
+            return failures + make_all(pool, missing)
+
+        failures = []
+        if "tune" in parts:
             failures += make_now(plan.spreads().values())
             failures += make_now(itertools.chain(*plan.tuning().values()))
             found = line_by_line({"tuning": tuned(plan)})
             distcap.write_text(plan.out / "tuning.json", found)
         weights = alphas(read_tuning(plan.out))
-        if "main" in parts:
-            failures += make_now(flat(plan.rows(weights)))
-        if "departures" in parts:
-            failures += make_now(flat(plan.departures()))
-        if "robustness" in parts:
-            failures += make_now(flat(plan.robustness(weights)))
-        if "world" in parts:
-            failures += make_now(flat(plan.world()))
+        for part in PARTS[1:]:
+            rows = plan.table(part, weights, kept)  # of main too, for what robustness asks of it
+            failures += make_now(flat(rows)) if part in parts else []
     return failures
 
 
@@ -993,6 +1021,7 @@ def main() -> None:
     flag("--jobs", type=int, default=1, help="runs at a time, each in a process with one thread")
     flag("--out", type=Path, default=Path("runs/claims"))
     flag("--quick", action="store_true", help="a few steps of everything, to see that it works")
+    flag("--keep", action="store_true", help="seeds that claims.json holds are not run again")
     flag("--readme", action="store_true", help="write claims.json, tuning.json and the READMEs")
     flag("--only", choices=(*PARTS, "tables", "readme"), help="one part; the tables of what is "
          "finished; or the READMEs, from claims.json")  # fmt: skip
@@ -1000,13 +1029,14 @@ def main() -> None:
     plan = Plan(arguments.out, arguments.seeds, arguments.quick)
     if arguments.only == "readme":
         return publish()
+    kept = json.loads((HERE / "claims.json").read_text()) if arguments.keep else {}
     failures = []
     if arguments.only != "tables":
-        parts = (arguments.only,) if arguments.only else PARTS
-        failures = train_all(plan, parts, arguments.jobs)
+        parts = (arguments.only,) if arguments.only else PARTS[1:] if arguments.keep else PARTS
+        failures = train_all(plan, parts, arguments.jobs, kept)
     if arguments.only in (None, "tables"):
         tuning = read_tuning(plan.out)
-        tables = summary(plan, alphas(tuning))
+        tables = summary(plan, alphas(tuning), kept)
         for part, rows in tables.items():
             print(f"\n{part}\n\n{markdown(rows)}" if rows else f"\n{part}: nothing yet")
         print(f"\n{differences(tables)}")
