@@ -17,6 +17,7 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -34,9 +35,9 @@ def photographs(tmp_path):
     folder.mkdir()
     kinds = {"RGB": ("jpg", 640, 480), "L": ("PNG", 31, 77), "RGBA": ("png", 9, 9)}
     kinds["CMYK"] = ("jpg", 50, 40)
-    for number, (mode, (suffix, *size)) in enumerate(kinds.items()):
-        noise = Image.effect_noise(size, 90).convert("RGB").convert(mode)
-        noise.save(folder / f"{number} é.{suffix}")
+    for number, (mode, (suffix, width, height)) in enumerate(kinds.items()):
+        noise = numpy.random.default_rng(number).integers(0, 256, (height, width), numpy.uint8)
+        Image.fromarray(noise).convert("RGB").convert(mode).save(folder / f"{number} é.{suffix}")
     return folder
 
 

@@ -7,10 +7,11 @@
     python tests/claims/claims.py --seeds 3 --only tables       # of what is finished already
     python tests/claims/claims.py --seeds 8 --keep --readme     # add seeds to those of claims.json
 
-The parts, in this order. *tune*: how much each regularizer weighs, on two worlds that no table
-uses. *main*: a row for each objective, from the same start on each seed. *departures*: the full
-method with a departure from the authors' scripts undone. *robustness*: a few rows at other rates
-and for longer. *world*: the main claims in another world, second_world.py.
+The parts, in this order. *tune*: how much each regularizer weighs, and which discriminator the full
+method has, on worlds that no table uses. *main*: a row for each objective, from the same start on
+each seed. *departures*: the full method with a departure from the authors' scripts undone.
+*robustness*: a few rows at other rates and for longer. *world*: the main claims in another world,
+second_world.py.
 
 A start (CLIP pretrained, captioner teacher-forced) and a judge (a second CLIP: another seed, twice
 as wide, never a reward) are made once for each seed; every row of the seed continues from there.
@@ -39,6 +40,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -124,6 +126,12 @@ UNDONE = (
 )
 
 TUNING_SEEDS = (100, 101)  # other worlds than the tables': scenes, pictures, CLIP and start
+CHOICE_SEEDS = (200, 201, 202, 203)  # others again, on which distcap's defaults are chosen
+CHOICE = {  # discriminators that the full method might have
+    "plain": regularizer_flags("discriminator"),
+    "paced": regularizer_flags("paced"),
+    "paced, alpha 0.97": regularizer_flags("paced") + " --similarity-weight 0.97",
+}
 # How wide a regularizer's share of the reward spreads, in units of that of the similarity.
 RHO = {"1/3": 1 / 3, "1": 1.0, "3": 3.0}
 FASTER, LONGER, SLOWER = "3 x the learning rate", "3 x the steps", "1/3 of the learning rate"
@@ -400,6 +408,7 @@ class Plan:
         self.seeds = range(seeds)
         self.few_seeds = range(min(seeds, 3))
         self.tuning_seeds = TUNING_SEEDS[:1] if quick else TUNING_SEEDS
+        self.choice_seeds = CHOICE_SEEDS[:1] if quick else CHOICE_SEEDS
 
     def task(self, part: str, row: str, seed: int, flags: str = "", **more) -> Task:
         """A task; its flags in a form that does not depend on spaces."""
@@ -427,6 +436,13 @@ class Plan:
                     self.task("tune", label, seed, flags) for seed in self.tuning_seeds
                 ]
         return tasks
+
+    def choice(self) -> dict[str, list[Task]]:
+        """The full method with one discriminator or another."""
+        return {
+            name: [self.task("choice", name, seed, flags) for seed in self.choice_seeds]
+            for name, flags in CHOICE.items()
+        }
 
     def rows(self, alphas: dict[str, float]) -> dict[str, list[Task]]:
         """The main table."""
@@ -544,7 +560,7 @@ def best_rho(tried: dict[str, list[float]]) -> str:
 
 
 def tuned(plan: Plan) -> dict[str, dict]:
-    """What tuning.json holds: of each row its spreads, what was tried, and what was taken."""
+    """Of each row that is tuned its spreads, what was tried, and what was taken."""
     rows: dict[str, dict] = {}
     for row, task in plan.spreads().items():
         similarity, regularizer = rounded(spreads(task))
@@ -559,9 +575,19 @@ def tuned(plan: Plan) -> dict[str, dict]:
     return rows
 
 
-def alphas(tuning: dict[str, dict]) -> dict[str, float]:
-    """The alpha of each row that was tuned."""
-    return {row: found["alpha"][found["best"]] for row, found in tuning.items()}
+def chosen(plan: Plan) -> dict[str, dict]:
+    """Of each discriminator of CHOICE what the full method comes to with it."""
+    found = {}
+    for name, tasks in plan.choice().items():
+        each = [values(task) for task in tasks]
+        columns = {key: rounded(one[key] for one in each) for key in ("oracle_R@1", "faithful")}
+        found[name] = {"flags": CHOICE[name], "seed": [task.seed for task in tasks]} | columns
+    return found
+
+
+def alphas(tuning: dict[str, dict[str, dict]]) -> dict[str, float]:
+    """The alpha of each row that was tuned. `tuning` is what tuning.json holds."""
+    return {row: found["alpha"][found["best"]] for row, found in tuning["tuning"].items()}
 
 
 # ---- Measures ------------------------------------------------------------------------------------
@@ -777,12 +803,28 @@ SHORT_COLUMNS = ("text_to_image_R@1", "oracle_R@1", "well_formed", "faithful", "
 SECOND = "second world: "  # begins the names of its rows in the prose
 
 
+def refill(block: str) -> str:
+    """A paragraph, or the items of a list, in lines of at most a hundred characters."""
+    items = re.split(r"\n(?=(?:-|\d\.) )", block)
+    indents = [re.match(r"(?:-|\d\.) |", item).end() * " " for item in items]
+    options = dict(width=100, break_long_words=False, break_on_hyphens=False)
+
+    def together(item: str) -> str:
+        """On one line, with spaces that do not break in 0.52 ± 0.02 and 4 of 5."""
+        return re.sub(r"(?<=\d) (±|of) (?=\d)", "\xa0\\1\xa0", " ".join(item.split()))
+
+    return "\n".join(
+        textwrap.fill(together(item), subsequent_indent=indent, **options)
+        for item, indent in zip(items, indents)
+    ).replace("\xa0", " ")
+
+
 class Prose:
     """What a template may call, as {mean('ground truth only', 'oracle_R@1')}: every number of the
     text. Arguments are literals."""
 
-    def __init__(self, tables: dict[str, dict[str, dict]], tuning: dict[str, dict]) -> None:
-        self.tables, self.tuned = tables, tuning
+    def __init__(self, tables: dict, tuning: dict) -> None:
+        self.tables, self.tuned, self.choices = tables, tuning["tuning"], tuning["choice"]
         self.rows = tables["main"] | tables["departures"] | tables["robustness"]
         self.rows |= {SECOND + row: found for row, found in tables["world"].items()}
 
@@ -793,7 +835,11 @@ class Prose:
             arguments = ast.literal_eval(f"({found[2]},)") if found[2] else ()
             return getattr(self, found[1])(*arguments)
 
-        return re.sub(r"\{([a-z_]+)\((.*?)\)\}", call, template)
+        def fill(block: str) -> str:
+            text = re.sub(r"\{([a-z_]+)\((.*?)\)\}", call, block)
+            return text if text == block or text.startswith(("|", "#")) else refill(text)
+
+        return "\n\n".join(map(fill, template.split("\n\n")))
 
     def mean(self, row: str, column: str) -> str:
         """The mean over the seeds."""
@@ -839,11 +885,13 @@ class Prose:
         return f"{found.count(word)} of {len(found)}"
 
     def auc(self, row: str) -> str:
-        """The mean AUC over the seeds that have one, and how many do."""
+        """The mean AUC over the seeds that have one, and how many do, if not all."""
         found = [value for value in self.rows[row]["auc"] if value is not None]
         if not found:
             return "none"
-        return f"{statistics.fmean(found):.2f} ({len(found)} of {len(self.rows[row]['auc'])} seeds)"
+        count = len(self.rows[row]["auc"])
+        seeds = f" on {len(found)} of {count} seeds" if len(found) < count else ""
+        return f"{statistics.fmean(found):.2f}{seeds}"
 
     def rival(self) -> str:
         """The best rival, that is in the table of robustness."""
@@ -853,6 +901,10 @@ class Prose:
     def alpha(self, row: str) -> str:
         """The weight of the similarity of a row that was tuned."""
         return f"{self.tuned[row]['alpha'][self.tuned[row]['best']]:g}"
+
+    def choice(self, name: str, column: str) -> str:
+        """What the full method comes to on each seed of CHOICE_SEEDS, with this discriminator."""
+        return ", ".join(f"{value:.2f}" for value in self.choices[name][column])
 
     def spread(self, row: str) -> str:
         """How many times as widely as the regularizer the similarity spreads in a tuned row."""
@@ -958,7 +1010,7 @@ def figure(rows: dict[str, dict], path: Path) -> None:
 BLOCK = re.compile(r"(<!-- claims -->\n).*(\n<!-- end of claims -->)", re.DOTALL)
 
 
-def texts(tables: dict[str, dict[str, dict]], tuning: dict[str, dict]) -> dict[Path, str]:
+def texts(tables: dict, tuning: dict) -> dict[Path, str]:
     """The two READMEs as they should be: this folder's, from its template, and the project's, with
     the other template between its marks."""
     prose, project = Prose(tables, tuning), HERE.parents[1] / "README.md"
@@ -972,19 +1024,19 @@ def texts(tables: dict[str, dict[str, dict]], tuning: dict[str, dict]) -> dict[P
 def publish() -> None:
     """Write what is made of claims.json and tuning.json: the figure and the two READMEs."""
     tables = json.loads((HERE / "claims.json").read_text())
-    tuning = json.loads((HERE / "tuning.json").read_text())["tuning"]
+    tuning = json.loads((HERE / "tuning.json").read_text())
     figure(tables["main"], HERE / "claims.png")
     for path, text in texts(tables, tuning).items():
         distcap.write_text(path, text)
 
 
 # ---- The command ---------------------------------------------------------------------------------
-def read_tuning(out: Path) -> dict[str, dict]:
+def read_tuning(out: Path) -> dict[str, dict[str, dict]]:
     """What tuning found: in this folder, else the file beside this one, else nothing yet."""
     for path in (out / "tuning.json", HERE / "tuning.json"):
         if path.exists():
-            return json.loads(path.read_text())["tuning"]
-    return {}
+            return json.loads(path.read_text())
+    return {"tuning": {}, "choice": {}}
 
 
 def train_all(plan: Plan, parts: tuple[str, ...], jobs: int, kept: dict) -> list[str]:
@@ -1002,8 +1054,9 @@ def train_all(plan: Plan, parts: tuple[str, ...], jobs: int, kept: dict) -> list
         if "tune" in parts:
             failures += make_now(plan.spreads().values())
             failures += make_now(itertools.chain(*plan.tuning().values()))
-            found = line_by_line({"tuning": tuned(plan)})
-            distcap.write_text(plan.out / "tuning.json", found)
+            failures += make_now(flat(plan.choice()))
+            found = {"tuning": tuned(plan), "choice": chosen(plan)}
+            distcap.write_text(plan.out / "tuning.json", line_by_line(found))
         weights = alphas(read_tuning(plan.out))
         for part in PARTS[1:]:
             rows = plan.table(part, weights, kept)  # of main too, for what robustness asks of it
@@ -1042,7 +1095,7 @@ def main() -> None:
         print(f"\n{differences(tables)}")
         if arguments.readme and not failures:
             distcap.write_text(HERE / "claims.json", line_by_line(tables))
-            distcap.write_text(HERE / "tuning.json", line_by_line({"tuning": tuning}))
+            distcap.write_text(HERE / "tuning.json", line_by_line(tuning))
             # In a process of its own: the text may have been edited while all this was trained.
             subprocess.run([sys.executable, __file__, "--only", "readme"], check=True)
     if failures:
