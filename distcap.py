@@ -3029,7 +3029,7 @@ class CaptionConfig(Decoding):
                                   "the prompt, as BLIP counts", number(1))
     repetition_penalty: float = flag(1.0, "above 1, words are less likely to be repeated",
                                      number(0.01, kind=float))
-    no_repeat_ngram_size: int = flag(0, "never repeat N words in a row; 0: allowed", number(0))
+    no_repeat_ngram_size: int = flag(0, "never repeat N tokens in a row; 0: allowed", number(0))
     batch_size: int = flag(16, "pictures in a batch", number(1), group="computing")
 
 
@@ -4200,7 +4200,7 @@ class Parser(argparse.ArgumentParser):
 
 VERBS = {"train": (TrainConfig, train), "caption": (CaptionConfig, caption),
          "eval": (EvalConfig, evaluate_command)}  # fmt: skip
-USAGE = {"train": "[DATA]", "caption": "PATH ...", "eval": "DATA"}
+USAGE = {"train": "[DATA]", "caption": "PATHS", "eval": "[DATA]"}
 # What the help calls a flag's value, where neither N nor TEXT says enough.
 METAVARS = dict(images="DIR", captioner="NAME", clip="NAME", recipe="NAME", train_split="SPLIT",
                 split="SPLIT", validation="DATA", test="DATA", out="PATH", captions="PATH",

@@ -1,4 +1,4 @@
-"""The tables of README.md beside this file: what the talk claims, measured on the toy world.
+"""The tables of README.md beside this file: what the authors claim, measured on the toy world.
 
     python tests/claims/claims.py --seeds 5 --jobs 2 --readme   # everything, and write it down
     python tests/claims/claims.py --seeds 5 --jobs 2            # everything, and print the tables
