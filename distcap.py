@@ -1714,10 +1714,11 @@ def read_data(path: Path) -> Iterator[Row]:
 
 
 class Skipped(NamedTuple):
-    """Something in a data set that is not used, and why."""
+    """Something in a data set that is not used, and why; the example, if it is left out whole."""
 
     name: str
     reason: str
+    example: Example | None = None
 
 
 def find_pictures(names: Iterable[str], folders: Sequence[Path]) -> dict[str, Path]:
@@ -1728,9 +1729,11 @@ def find_pictures(names: Iterable[str], folders: Sequence[Path]) -> dict[str, Pa
     found = {}
     for name in names:
         places = [folder / name for folder in folders if os.path.isfile(folder / name)][:1]
-        base = os.path.basename(name)
+        own, base = os.path.split(name)
         if not places and basenames[base] == 1:
-            within = [folder / base for folder in (*folders, *inside)]
+            # Where its own folder is there, it is missing, whatever has its name in another.
+            other = [] if own and any((folder / own).is_dir() for folder in folders) else inside
+            within = [folder / base for folder in (*folders, *other)]
             places = [place for place in within if os.path.isfile(place)]
             if len({os.path.realpath(place) for place in places}) > 1:
                 both = f"{places[0]} or {places[1]}"
@@ -1745,20 +1748,28 @@ def join_rows(rows: Iterable[Row], folders: Sequence[Path]) -> list[Example]:
     rows = list(rows)
     images = find_pictures(dict.fromkeys(row.name for row in rows), folders)
     pictures: dict[str, Row] = {}  # by the place on disk
-    for row in rows:
-        place = os.path.realpath(images[row.name])
-        picture = pictures.setdefault(place, Row(row.name, [], row.more))
-        picture.captions.extend(row.captions or [""])
+    for name, captions, more in rows:
+        picture = pictures.setdefault(os.path.realpath(images[name]), Row(name, [], {}))
+        picture.captions.extend(captions or [""])
+        more = {key: value for key, value in more.items() if value not in (None, "")}
+        parts = {split_name(each["split"]) for each in (more, picture.more) if "split" in each}
+        if len(parts) > 1:
+            raise UserError(f"{name}: in two splits, {' and '.join(sorted(parts))}; keep one")
+        picture.more.update(more | picture.more)  # what the first row says stands
 
     examples = []
     for name, captions, more in pictures.values():
-        image_id = more.get("image_id")
-        image_id = name if image_id in (None, "") else str(image_id)
         scene = parse(more["scene"]) if isinstance(more.get("scene"), str) else None
-        part = more.get("split") or None
-        part = "val" if part in ("validation", "dev") else part
+        part = split_name(more["split"]) if "split" in more else None
+        image_id = str(more.get("image_id", name))
         examples.append(Example(image_id, images[name], tuple(captions), part, scene))
     return examples
+
+
+def split_name(text: str) -> str:
+    """A split by its usual name, however the data spell it."""
+    name = text.strip().lower()
+    return "val" if name in ("validation", "valid", "dev") else name
 
 
 def read_examples(
@@ -1791,9 +1802,10 @@ def read_examples(
     for example in chosen:
         texts = tuple(text.strip() for text in example.references if text.strip())
         if len(texts) < len(example.references):
-            skipped.append(Skipped(str(example.image), "an empty caption"))
+            whole = None if texts else example
+            skipped.append(Skipped(str(example.image), "an empty caption", whole))
         if need_pictures and not os.path.isfile(example.image):
-            skipped.append(Skipped(str(example.image), "no such picture"))
+            skipped.append(Skipped(str(example.image), "no such picture", example))
         elif texts:
             examples.append(dataclasses.replace(example, references=texts))
     if not examples:
@@ -1806,11 +1818,13 @@ def choose_split(
     data: str, examples: Sequence[Example], split: str, skipped: list
 ) -> list[Example]:
     """The examples of a split: one that the data name (train with restval), or a file that lists an
-    image_id or file name a line, with or without its suffix."""
+    image_id or file name a line, with or without its suffix and folders."""
     if os.path.isfile(split):
         owners: dict[str, list[Example]] = {}
         for each in examples:
-            for name in {each.image_id, each.image.name, each.image.stem}:
+            places = [path.parts for path in (each.image, each.image.with_suffix(""))]
+            ends = {"/".join(parts[-count:]) for parts in places for count in (1, 2, 3)}
+            for name in {each.image_id, *ends}:
                 owners.setdefault(name, []).append(each)
         listed = set()
         for number, line in numbered(read_text(Path(split))):
@@ -1823,14 +1837,21 @@ def choose_split(
             listed.update(found)
         chosen = [each for each in examples if each in listed]
     else:
-        names = {"train": ("train", "restval"), "validation": ("val",), "dev": ("val",)}
-        wanted = names.get(split, (split,))
+        wanted = {"train": ("train", "restval")}.get(split_name(split), (split_name(split),))
         chosen = [each for each in examples if each.split in wanted]
     if not chosen:
         known = ", ".join(sorted({each.split for each in examples if each.split})) or "no splits"
         has = f"{data} has {known}; give one of them, or a file with the names of pictures"
         raise UserError(f"{split}: no picture is of this split: {has}")
     return chosen
+
+
+def name_within(folder: Path, path: Path) -> str:
+    """What a file in the folder calls a path: relative to it, unless there is a link on the way to
+    the folder, where `..` leads elsewhere."""
+    name = os.path.relpath(path, folder)
+    linked = os.path.realpath(folder) != os.path.abspath(folder)
+    return os.path.abspath(path) if linked and name.startswith("..") else name
 
 
 def write_rows(path: Path, rows: dict[str, dict]) -> None:
@@ -1847,7 +1868,7 @@ def write_examples(folder: Path, examples: Sequence[Example]) -> list[Example]:
     for example in examples:
         row = {"caption": example.references}
         if isinstance(example.image, Path):
-            name = os.path.relpath(example.image, folder)
+            name = name_within(folder, example.image)
             row |= {"image_id": example.image_id}
         else:
             name = f"{example.image_id}.png"
@@ -2595,15 +2616,17 @@ def evaluate(captions: Sequence[str], examples: Sequence[Example], image_embeddi
     return measure(captions, examples, {"": (clip, image_embeddings)}, EvalConfig())
 
 
-def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
+def read_captions(path: Path, examples: Sequence[Example],
+                  left_out: Sequence[Example] = ()) -> list[str]:  # fmt: skip
     """A caption for each example from a file: COCO results (image_id and caption), what
     `read_data` reads, or a folder of .txt files. Raises UserError unless there is exactly one for
-    each: a caption beside the wrong picture would show in no number."""
+    each: a caption beside the wrong picture would show in no number. There may be one for each of
+    the examples that were left out."""
     rows = []
     if path.is_dir():
-        for file in sorted(path.glob("*.txt")):
-            lines = read_text(file).strip().split("\n")
-            rows.append(make_row(str(file), {"file_name": file.name, "caption": lines}))
+        for file in sorted(path.rglob("*.txt")):
+            lines, name = read_text(file).strip().split("\n"), os.path.relpath(file, path)
+            rows.append(make_row(str(file), {"file_name": name, "caption": lines}))
     elif path.is_file() and read_text(path).lstrip().startswith("["):
         for number, row in enumerate(parse_json(str(path), read_text(path))):
             where = f"{path}: [{number}]"
@@ -2617,26 +2640,41 @@ def read_captions(path: Path, examples: Sequence[Example]) -> list[str]:
         count = 0 if missing else len(row.captions)
         if count != 1:
             raise UserError(f"{path}: {row.name}: {count} captions; eval takes one")
-    return pair_captions(path, rows, examples)
+    return pair_captions(path, rows, examples, left_out)
 
 
-def pair_captions(path: Path, rows: Sequence[Row], examples: Sequence[Example]) -> list[str]:
+def pair_captions(path: Path, rows: Sequence[Row], examples: Sequence[Example],
+                  left_out: Sequence[Example]) -> list[str]:  # fmt: skip
     """The captions of the rows in the order of the examples, by the first kind of name that fits
     all: one picture's id may be another's name. Raises UserError with what is left over."""
-    ids = [example.image_id for example in examples]
-    files = [str(example.image) for example in examples]
-    kinds = [(str, ids), (os.path.basename, files), (lambda name: Path(name).stem, files)]
+    ids, others = ([each.image_id for each in some] for some in (examples, left_out))
+    files, other_files = (
+        [os.path.abspath(each.image) for each in some] for some in (examples, left_out)
+    )
+    here = path if path.is_dir() else path.parent  # base names may be equal, whole ones are not
+
+    def place(name: str) -> str:
+        return os.path.realpath(here / name)
+
+    kinds = [
+        (str, ids, others),
+        (os.path.basename, files, other_files),
+        (lambda name: Path(name).stem, files, other_files),
+        (place, files, other_files),
+        (lambda name: os.path.splitext(place(name))[0], files, other_files),
+    ]
     faults = []
-    for kind, names in kinds:
-        wanted = Counter(map(kind, names))
-        given = Counter(kind(row.name) for row in rows)
+    for kind, names, other_names in kinds:
+        wanted, unwanted = Counter(map(kind, names)), set(map(kind, other_names))
+        known = [row for row in rows if kind(row.name) in wanted or kind(row.name) not in unwanted]
+        given = Counter(kind(row.name) for row in known)
         left = {
             "without a caption": [name for name in wanted if name not in given],
             "not in the data": [name for name in given if name not in wanted],
             "there twice": [name for name, count in (wanted | given).items() if count > 1],
         }
         if not any(left.values()):
-            caption_of = {kind(row.name): row.captions[0] for row in rows}
+            caption_of = {kind(row.name): row.captions[0] for row in known}
             return [caption_of[name] for name in wanted]
         faults.append(left)
 
@@ -2691,6 +2729,8 @@ def read_results(paths: Sequence[str]) -> dict[str, list[dict]]:
         with explain(f"{path}: no results of eval --out"):
             groups.setdefault(str(result["name"]), []).append(flat(result["measures"]))
             differ = [key for key in about if first[key] != result[key]]
+            if not (first["clip"] and result["clip"]):  # what both measured needs none
+                differ = [key for key in differ if key not in ("clip", "bag_size")]
         if set(differ) & set(about[3:]):  # of the same digest, names for the data may differ
             texts = [f"{key} {first[key]} and {result[key]}" for key in differ]
             raise UserError(f"{paths[0]}, {path}: not to be compared: {'; '.join(texts)}")
@@ -2715,9 +2755,12 @@ def results_table(paths: Sequence[str], form: str) -> str:
                 cell += f" ± {shown(name, statistics.stdev(values))}"
             row.append(f"**{cell}**" if bold else cell)
 
-    special = r"\|" if form == "markdown" else r"[_%#$&{}]"
+    escapes = {"|": r"\|"}
+    if form == "latex":
+        escapes = {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}"}
+        escapes |= {letter: f"\\{letter}" for letter in "_%#$&{}"}
     rows.insert(0, ["", *names])
-    rows = [[re.sub(special, r"\\\g<0>", cell) for cell in row] for row in rows]
+    rows = [[cell.translate(str.maketrans(escapes)) for cell in row] for row in rows]
     if form == "markdown":
         rows.insert(1, ["---"] * len(rows[0]))
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -3148,6 +3191,8 @@ def split(config: TrainConfig, skipped: list[Skipped]) -> tuple[list, list, list
         training = choose_split(config.data, examples, config.train_split, skipped)
     else:
         training = [each for each in examples if each.split in ("train", "restval", None)]
+        if (unused := names - {"train", "restval", None, "val", "test"}) and process_rank() == 0:
+            say(f"{config.data}: its splits {', '.join(sorted(unused))} are not used")
     count = max(min(config.test_size, len(training) // 10), 1)
     held_out = {}
     for name, data in (("test", config.test), ("val", config.validation)):
@@ -3165,6 +3210,10 @@ def split(config: TrainConfig, skipped: list[Skipped]) -> tuple[list, list, list
     if len(kept) < len(training):
         shared = [each for each in training if os.path.realpath(each.image) in used]
         skipped += [Skipped(str(each.image), "also held out") for each in shared]
+    if not kept:
+        known = ", ".join(sorted(name for name in names if name)) or "none"
+        has = f"its splits: {known}; name one by --train-split"
+        raise UserError(f"{config.data}: no picture is left to learn from ({has})")
     if config.normalize:
         kept = [normalized for each in kept if (normalized := normalize_references(each, skipped))]
     return kept[: config.train_size], held_out["val"], held_out["test"]
@@ -3308,8 +3357,8 @@ def tell_skipped(out: Path, skipped: Sequence[Skipped], config: TrainConfig) -> 
             shutil.rmtree(out)  # made a moment ago; the same command would find it next time
         raise UserError(f"--strict: {len(skipped)} faults in the data, the first: {first}")
     if process_rank() == 0:
-        lines = [json.dumps(each._asdict()) + "\n" for each in skipped]
-        write_text(out / "skipped.jsonl", "".join(lines))
+        lines = [json.dumps({"name": name, "reason": reason}) for name, reason, _ in skipped]
+        write_text(out / "skipped.jsonl", "".join(f"{line}\n" for line in lines))
         listed = f"listed in {out}/skipped.jsonl; the first: {first}"
         say(f"left out {len(skipped)} pictures or captions, {listed}")
 
@@ -3851,7 +3900,7 @@ class Table(Output):
     def __init__(self, config: CaptionConfig, found: Sequence[Path]) -> None:
         super().__init__(config, found)
         self.out, self.part = Path(config.out), part_file(config, found)
-        self.names = {path: os.path.relpath(path, self.out.parent) for path in found}
+        self.names = {path: name_within(self.out.parent, path) for path in found}
         self.rows = read_table(self.out) if self.out.exists() else {}
         form = re.escape(self.out.name) + r"\.\d+-of-\d+\.part"
         if config.shard:
@@ -4012,23 +4061,35 @@ def evaluate_command(config: EvalConfig) -> None:
     which = (config.images, config.split, looks or not config.captions, skipped)
     examples = read_examples(config.data, *which, usual="test")
     warn_of_training_pictures(examples, config)
-    if skipped and process_rank() == 0:
-        first = f"the first: {skipped[0].name}: {skipped[0].reason}"
-        say(f"left out {len(skipped)} pictures or captions; {first}")
+    captions = []
     if config.captions:
-        captions = read_captions(Path(config.captions), examples)
+        left_out = [each.example for each in skipped if each.example]
+        captions = read_captions(Path(config.captions), examples, left_out)
     else:
         captioner, _ = load_models(config, with_clip=False)
     names = (config.clip or [clip_name(config)]) if looks else []
     clips = {name: CLIP.load(name, config.device) for name in names}
 
+    # Leave out what cannot be read, as `train` does, and say so before captioning begins.
+    images, failures, seen = [example.image for example in examples], [], {}
+    for name, clip in clips.items():
+        failures = []
+        seen[name] = (clip, clip.embed_images(images, config.workers, failures))
+    skipped += [Skipped(str(images[n]), str(error)) for n, error in failures]
+    kept = sorted(set(range(len(images))) - {n for n, _ in failures})
+    if not kept:
+        raise failures[0][1]
+    examples = [examples[n] for n in kept]
+    captions = [captions[n] for n in kept] if captions else []
+    if skipped and process_rank() == 0:
+        first = f"the first: {skipped[0].name}: {skipped[0].reason}"
+        say(f"left out {len(skipped)} pictures or captions; {first}")
     images = [example.image for example in examples]
     if not config.captions:
         captions = caption_all(captioner, images, config, min_new_tokens=config.min_length)
     if config.out and process_rank() == 0:
         written = coco_results(examples, captions)
         write_text(Path(config.out).with_suffix(".captions.json"), written)
-    seen = {name: (clip, clip.embed_images(images, config.workers)) for name, clip in clips.items()}
     if process_rank() > 0:
         return
     measures = measure(captions, examples, seen, config)
@@ -4069,7 +4130,7 @@ def write_results(config: EvalConfig, clips: Sequence[str], examples: Sequence[E
     rows = {}
     for n, (example, caption) in enumerate(zip(examples, captions)):
         own = {name: values[n] for name, values in each.items()}
-        rows[os.path.relpath(example.image, out.parent)] = {"caption": caption} | own
+        rows[name_within(out.parent, example.image)] = {"caption": caption} | own
     write_rows(out.with_suffix(".each.jsonl"), rows)
 
     about = vars(config) | dict(pictures=len(examples), clip=clips)

@@ -124,6 +124,56 @@ def test_kinds_of_names_are_never_mixed(data, tmp_path):
         distcap.read_captions(path, examples)
 
 
+def test_captions_of_pictures_with_equal_names(tmp_path):
+    """In two folders: the whole names tell them apart, in a table and for files beside them."""
+    examples = []
+    for name in ("s", "t"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.txt").write_text(f"in {name}\n")
+        examples.append(distcap.Example(name, tmp_path / name / "1.jpg", ("x",)))
+    pairs = [("t/1.jpg", "in t"), ("s/1.jpg", "in s")]
+    path = write_captions(tmp_path / "c.jsonl", pairs)
+    assert distcap.read_captions(path, examples) == ["in s", "in t"]
+    assert distcap.read_captions(tmp_path, examples) == ["in s", "in t"]
+
+
+def test_captions_of_pictures_that_are_left_out_are_left_out_too(data, no_models, tmp_path):
+    """Another program has captioned all of them."""
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    rows[1]["caption"] = [" "]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = write_captions(tmp_path / "c.json", zip(NAMES, TEXTS))
+    out = tmp_path / "x.json"
+    assert run_eval(data, "--captions", path, *TEXT_METRICS, "--out", out) == 0
+    assert json.loads(out.read_text())["pictures"] == 3
+    path = write_captions(tmp_path / "d.json", zip([*NAMES, "five.jpg"], [*TEXTS, "x"]))
+    assert run_eval(data, "--captions", path, *TEXT_METRICS) == 2
+
+
+def test_pictures_that_cannot_be_read_are_left_out_before_captioning(
+    run, tmp_path, monkeypatch, capsys
+):
+    """As `train` does; without CLIP they are only found on the way."""
+    folder = tmp_path / "data"
+    shutil.copytree(run / "test", folder)
+    last = sorted(folder.glob("*.png"))[-1]
+    last.write_bytes(last.read_bytes()[:60])
+    count = len(list(folder.glob("*.png")))
+    out = tmp_path / "x.json"
+    command = [folder, "--captioner", run, "--metrics", "rouge", "retrieval", "--out", out]
+    captioned = []
+    search = distcap.caption_all
+
+    def caption_all(captioner, images, *arguments, **options):
+        captioned.extend(images)
+        return search(captioner, images, *arguments, **options)
+
+    monkeypatch.setattr(distcap, "caption_all", caption_all)
+    assert run_eval(*command, "--device", "cpu") == 0
+    assert f"left out 1 pictures or captions; the first: {last}" in capsys.readouterr().err
+    assert len(captioned) == count - 1 == json.loads(out.read_text())["pictures"]
+
+
 def test_names_that_do_not_match_are_one_line_that_names_them(data, no_models, tmp_path, capsys):
     pairs = list(zip(NAMES, TEXTS))
 
@@ -310,6 +360,9 @@ def test_tables_by_hand(tmp_path, no_models, capsys):
         r"\end{tabular}",
     ]
     odd = result(tmp_path / "odd.json", "a & b|c", cider=1.0)
+    raised = result(tmp_path / "raised.json", r"a^2~b\c", cider=1.0)
+    assert run_eval("--table", raised, "--format", "latex") == 0
+    assert r"a\^{}2\~{}b\textbackslash{}c & " in capsys.readouterr().out
     assert run_eval("--table", odd) == run_eval("--table", odd, "--format", "latex") == 0
     text = capsys.readouterr().out
     assert r"| a & b\|c | 1.000 |" in text and r"a \& b|c & 1.000 \\" in text
@@ -333,6 +386,11 @@ def test_rows_of_other_data_are_not_compared(tmp_path, capsys):
     same = json.loads(one.read_text()) | {"data": "./data-d", "split": "test"}
     two.write_text(json.dumps(same))
     assert run_eval("--table", one, two) == 0  # the same pictures and references, by other names
+    both = json.loads(one.read_text())
+    two.write_text(json.dumps(both | {"clip": ["this"], "bag_size": 5}))
+    assert run_eval("--table", one, two) == 0  # what both measured needs no CLIP
+    one.write_text(json.dumps(both | {"clip": ["other"]}))
+    assert "not to be compared: clip" in refusal(capsys, "--table", one, two)
     (tmp_path / "x.json").write_text("[1]")
     assert "no results of eval" in refusal(capsys, "--table", tmp_path / "x.json")
     assert "nowhere" in refusal(capsys, "--table", "nowhere")

@@ -129,7 +129,8 @@ def read(data, *arguments, **options):
     examples = distcap.read_examples(str(data), *arguments, skipped=skipped, **options)
     names = [example.image.name for example in examples]
     assert len(set(names)) == len(names)
-    return {each.image.name: list(each.references) for each in examples}, skipped
+    told = [(each.name, each.reason) for each in skipped]
+    return {each.image.name: list(each.references) for each in examples}, told
 
 
 def truth(world=WORLD, *splits):
@@ -241,6 +242,60 @@ def test_a_list_that_could_mean_two_pictures_is_refused(tmp_path):
         read(tmp_path, split=str(tmp_path / "list"))
 
 
+def test_names_that_are_equal_but_for_their_folder(tmp_path):
+    """A list may name them with their folder; without it, two pictures fit."""
+    for name in ("s/1.jpg", "t/1.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    rows = [
+        {"file_name": name, "caption": name, "image_id": name} for name in ("s/1.jpg", "t/1.jpg")
+    ]
+    (tmp_path / "metadata.jsonl").write_text(lines(map(json.dumps, rows)))
+    listed = tmp_path / "list"
+    for name in ("s/1.jpg", "s/1", f"{tmp_path.name}/s/1.jpg"):
+        listed.write_text(f"{name}\n")
+        (found,) = distcap.read_examples(str(tmp_path), split=str(listed))
+        assert found.references == ("s/1.jpg",)
+    listed.write_text("1.jpg\n")
+    with pytest.raises(distcap.UserError, match="name of 2 pictures"):
+        read(tmp_path, split=str(listed))
+
+
+def test_a_missing_picture_is_not_replaced_by_one_of_another_folder(tmp_path):
+    for name in ("test/1.jpg", "train/2.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    rows = [{"file_name": f"train/{n}.jpg", "caption": "a dog"} for n in (1, 2)]
+    (tmp_path / "metadata.jsonl").write_text(lines(map(json.dumps, rows)))
+    found, skipped = read(tmp_path)
+    assert list(found) == ["2.jpg"]
+    assert skipped == [(str(tmp_path / "train/1.jpg"), "no such picture")]
+
+
+def test_splits_are_known_however_they_are_spelled(tmp_path):
+    spelled = ["Train", "valid", "Validation", "TEST", "dev", ""]
+    rows = [
+        {"file_name": f"{n}.jpg", "caption": "x", "split": part} for n, part in enumerate(spelled)
+    ]
+    (tmp_path / "metadata.jsonl").write_text(lines(map(json.dumps, rows)))
+    found = distcap.read_examples(str(tmp_path), need_pictures=False)
+    assert [each.split for each in found] == ["train", "val", "val", "test", "val", None]
+    for name, count in (("valid", 3), ("Test", 1)):
+        found = distcap.read_examples(str(tmp_path), split=name, need_pictures=False)
+        assert len(found) == count
+
+
+def test_a_picture_is_in_one_split(tmp_path):
+    """What one row leaves open another may say, but not something else."""
+    text = "file_name,split,caption\na.jpg,{},a dog\na.jpg,test,the dog\n"
+    (tmp_path / "metadata.csv").write_text(text.format(""))
+    (found,) = distcap.read_examples(str(tmp_path), need_pictures=False)
+    assert found.split == "test" and found.references == ("a dog", "the dog")
+    (tmp_path / "metadata.csv").write_text(text.format("train"))
+    with pytest.raises(distcap.UserError, match=r"a\.jpg: in two splits, test and train; keep one"):
+        distcap.read_examples(str(tmp_path), need_pictures=False)
+
+
 def test_a_split_is_read_without_the_pictures_of_the_others(tmp_path):
     """COCO's test pictures are of val2014: nobody needs train2014 to evaluate on them."""
     data = make(tmp_path, "dataset_coco.json")
@@ -295,12 +350,11 @@ def test_a_picture_under_two_names_is_one_in_every_split(tmp_path):
     """Else it could be learned from under one name, and tested under the other."""
     (tmp_path / "a.png").touch()
     (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
-    names = {"a.png": "train", "./a.png": "test", f"../{tmp_path.name}/a.png": "val"}
-    names["link.png"] = "test"
-    rows = [{"file_name": k, "split": v, "caption": v} for k, v in names.items()]
+    names = {"a.png": "train", "./a.png": "", f"../{tmp_path.name}/a.png": "train", "link.png": ""}
+    rows = [{"file_name": k, "split": v, "caption": f"x{v}"} for k, v in names.items()]
     (tmp_path / "metadata.jsonl").write_text(lines(map(json.dumps, rows)))
     (example,) = distcap.read_examples(str(tmp_path))
-    assert example.references == ("train", "test", "val", "test")
+    assert example.references == ("xtrain", "x", "xtrain", "x")
     assert example.image_id == "a.png" and example.split == "train"
     with pytest.raises(distcap.UserError, match="no picture is of this split"):
         distcap.read_examples(str(tmp_path), split="test")
@@ -620,7 +674,7 @@ def read_damaged(data, hit, **options):
         for text in texts:
             assert isinstance(text, str) and text not in ("en", "raw")
             assert all(each[0] == name or each in hit for each in marks(text)), (name, text)
-    told = {Path(name).name for name, _ in skipped}
+    told = {Path(each.name).name for each in skipped}
     for name, k in RECORDS - hit:  # what was not hit is read as it was, or told
         assert MARKED[name][1][k] in found[name] or name in told, (name, k)
     return True

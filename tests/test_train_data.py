@@ -57,6 +57,30 @@ def test_the_datas_own_splits_are_kept(data):
     ]  # fmt: skip
 
 
+def test_a_split_that_is_not_used_is_told(data, capsys):
+    parts = ["train", "val", "test", "held back"]
+    rewrite(data, lambda rows: [row | {"split": parts[n % 4]} for n, row in enumerate(rows)])
+    assert [len(part) for part in split(data)] == [10, 10, 10]
+    assert capsys.readouterr().err.endswith(": its splits held back are not used\n")
+    rewrite(data, lambda rows: [row | {"split": "all"} for row in rows])
+    with pytest.raises(
+        distcap.UserError, match=r"nothing to learn|no picture is left to learn from"
+    ):
+        split(data)
+
+
+def test_a_run_folder_may_be_behind_a_link(data, world, tmp_path):
+    """Where `..` leads to another folder than the path's text says."""
+    (tmp_path / "far/away/runs").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "far/away/runs")
+    examples = distcap.read_examples(str(data))
+    again = distcap.write_examples(tmp_path / "runs/x/test", examples)
+    assert [each.image.resolve() for each in again] == [each.image.resolve() for each in examples]
+    again = distcap.write_examples(tmp_path / "near", examples)
+    line = (tmp_path / "near/metadata.jsonl").read_text().splitlines()[0]
+    assert json.loads(line)["file_name"].startswith("../data/")
+
+
 def test_a_split_that_is_missing_is_taken_from_training_alone(data):
     rewrite(data, lambda rows: [row | {"split": ["train", "test"][n % 2]} for n, row in
                                 enumerate(rows)])  # fmt: skip
