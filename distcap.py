@@ -3696,10 +3696,13 @@ def table_rows(path: Path) -> Iterator[Row]:
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
         table = csv.DictReader(io.StringIO(text, newline=""))
         cells = list(table) if path.suffix == ".csv" else []
+        foreign = not text.startswith(PAGE.partition("<style>")[0]) and text.strip() != ""
         if path.suffix == ".html":
             found = re.findall('<img src="(.*?)" alt="" data-row="(.*?)"', text)
             rows = [json.loads(html.unescape(row)) | {"thumbnail": src} for src, row in found]
             text = "\n".join(map(json.dumps, rows))
+    if path.suffix == ".html" and foreign:
+        raise UserError(f"{path}: a page that distcap did not write; give another --out")
     if path.suffix == ".part":  # a kill may have cut its last line short
         text = text[: text.rfind("\n") + 1]
     if path.suffix != ".csv":

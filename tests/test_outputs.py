@@ -183,11 +183,13 @@ def test_names_with_line_ends_are_found_again_in_a_csv(run, pictures, tmp_path, 
         ("x.jsonl", '{"file_name": 3}\n', "x.jsonl:1: no file_name"),
         ("x.csv", "file_name,caption\na.png\n", "row 2: not as many columns"),
         ("x.csv", f"file_name,caption\na.png,{'long ' * 40_000}\n", "cannot be read (field larger"),
-        ("x.html", '<img src="" alt="" data-row="">', "x.html: cannot be read"),
+        ("x.html", f'{distcap.PAGE}<img src="" alt="" data-row="">', "x.html: cannot be read"),
+        ("x.html", "<title>My diary</title>\n", "x.html: a page that distcap did not write"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_left_as_it_is(run, pictures, tmp_path, capsys, name, text,
                                                       wanted):  # fmt: skip
+    """Bug: a page of the user's has no rows, and was replaced."""
     (tmp_path / name).write_text(text)
     assert caption(run, pictures, "--out", tmp_path / name) == 2
     message = capsys.readouterr().err
