@@ -3694,8 +3694,8 @@ def table_rows(path: Path) -> Iterator[Row]:
     """The rows of a .jsonl, .csv or .html file, or of a .part of one, as they are in it."""
     with explain(f"{path}: cannot be read"):
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-        table = csv.DictReader(io.StringIO(text, newline=""))
-        cells = list(table) if path.suffix == ".csv" else []
+        table = csv.DictReader(io.StringIO(text if path.suffix == ".csv" else "", newline=""))
+        cells, columns = list(table), table.fieldnames or []
         foreign = not text.startswith(PAGE.partition("<style>")[0]) and text.strip() != ""
         if path.suffix == ".html":
             found = re.findall('<img src="(.*?)" alt="" data-row="(.*?)"', text)
@@ -3707,6 +3707,8 @@ def table_rows(path: Path) -> Iterator[Row]:
         text = text[: text.rfind("\n") + 1]
     if path.suffix != ".csv":
         yield from read_lines(path, text)
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{path}: two columns have the same name; rename one")
     for number, fields in enumerate(cells, 2):
         if None in fields or None in fields.values():
             raise UserError(f"{path}: row {number}: not as many columns as the first row")
@@ -3788,14 +3790,16 @@ def table_text(suffix: str, rows: Sequence[Row], failures: Sequence[UserError] =
     listed = (caption_key, *SCORES)  # a value for each caption
     if suffix == ".csv":
         columns = dict.fromkeys(key for fields in table for key in fields)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns or [name_key, caption_key], lineterminator="\n")
+        # With line ends of "\r\n", a cell with a lone "\r" is quoted, too.
+        file, lines = io.StringIO(), []
+        file.write = lambda line: lines.append(line.removesuffix("\r\n") + "\n")
+        writer = csv.DictWriter(file, columns or [name_key, caption_key], lineterminator="\r\n")
         writer.writeheader()
         for fields in table:
             own = {key: fields[key] or [""] for key in listed if key in fields}
             for cells in itertools.zip_longest(*own.values(), fillvalue=""):
                 writer.writerow(fields | dict(zip(own, cells)))
-        return text.getvalue()
+        return "".join(lines)
 
     parts = [PAGE]
     for fields in table:
@@ -3983,6 +3987,8 @@ def read_list(null: bool) -> list[str]:
     text = sys.stdin.read().removeprefix("\ufeff")
     if null:
         return [name for name in text.split("\0") if name]
+    if "\0" in text:
+        raise UserError("-: the names end in null characters; give --null")
     names = [line.rstrip("\r") for line in text.split("\n")]
     return [name for name in names if name]
 

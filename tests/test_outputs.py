@@ -170,10 +170,12 @@ def test_more_shards_than_pictures(run, pictures, tmp_path, capsys):
 
 
 def test_names_with_line_ends_are_found_again_in_a_csv(run, pictures, tmp_path, capsys):
-    shutil.copy(pictures / "a.png", pictures / "carriage\r\nreturn.png")
+    """Bug: a lone carriage return was not quoted, and the table could not be read again."""
+    for name in ("carriage\r\nreturn.png", "lone\rreturn.png"):
+        shutil.copy(pictures / "a.png", pictures / name)
     for _ in range(2):
         caption(run, pictures, "--out", tmp_path / "x.csv")
-    assert "0 captioned, 1 failed, 6 had a caption" in capsys.readouterr().err
+    assert "0 captioned, 1 failed, 7 had a caption" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -182,6 +184,7 @@ def test_names_with_line_ends_are_found_again_in_a_csv(run, pictures, tmp_path, 
         ("x.jsonl", "[1]\n", "x.jsonl:1: not a JSON object"),
         ("x.jsonl", '{"file_name": 3}\n', "x.jsonl:1: no file_name"),
         ("x.csv", "file_name,caption\na.png\n", "row 2: not as many columns"),
+        ("x.csv", "file_name,,\na.png,mine,mine too\n", "two columns have the same name"),
         ("x.csv", f"file_name,caption\na.png,{'long ' * 40_000}\n", "cannot be read (field larger"),
         ("x.html", f'{distcap.PAGE}<img src="" alt="" data-row="">', "x.html: cannot be read"),
         ("x.html", "<title>My diary</title>\n", "x.html: a page that distcap did not write"),
@@ -189,7 +192,8 @@ def test_names_with_line_ends_are_found_again_in_a_csv(run, pictures, tmp_path, 
 )
 def test_a_table_that_cannot_be_read_is_left_as_it_is(run, pictures, tmp_path, capsys, name, text,
                                                       wanted):  # fmt: skip
-    """Bug: a page of the user's has no rows, and was replaced."""
+    """Bugs: a page of the user's has no rows, and was replaced; of two columns without a name, one
+    was lost."""
     (tmp_path / name).write_text(text)
     assert caption(run, pictures, "--out", tmp_path / name) == 2
     message = capsys.readouterr().err
