@@ -357,6 +357,14 @@ def test_caption_takes_a_list_on_standard_input(run, monkeypatch, capsys):
     ]
 
 
+def test_a_list_with_null_characters_wants_its_flag(monkeypatch, capsys):
+    """Bug: a traceback, for a name cannot hold one."""
+    forbid_models(monkeypatch)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a.png\0b.png\0"))
+    assert distcap.main(["caption", "-"]) == 2
+    assert "-: the names end in null characters; give --null" in one_line(capsys)
+
+
 def test_eval_of_a_continued_run_measures_with_the_clip_it_learned_with(run, tmp_path):
     out, measures = tmp_path / "run", tmp_path / "measures.json"
     flags = ["--captioner", str(run), *TINY, *"--tf-steps 0 --steps 1 --batch-size 8".split()]
