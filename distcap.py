@@ -53,6 +53,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import errno
 import functools
 import hashlib
 import html
@@ -73,6 +74,7 @@ import stat
 import statistics
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -3861,8 +3863,8 @@ class Output:
         """Whether the picture has a caption there."""
         return False
 
-    def write(self, path: Path, written: Written) -> None:
-        """Add the outcome for a picture, at once."""
+    def write(self, path: Path, written: Written) -> UserError | None:
+        """Add the outcome for a picture, at once. Returns why not, if the others may do better."""
         if self.config.json:
             known = {"caption": written.captions} | written.scores
             known = {"error": str(written.failure)} if written.failure else known
@@ -3875,28 +3877,36 @@ class Output:
         """Finish, after the last picture."""
 
 
+# Errors of a whole disk, not of a file: full, above a limit, read-only, broken.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
 class Sidecars(Output):
     """A text file beside each picture, with a caption a line."""
 
     def __init__(self, config: CaptionConfig, found: Sequence[Path]) -> None:
         super().__init__(config, found)
         self.files = {path: path.with_suffix(config.sidecar) for path in found}
-        owners: dict[Path, Path] = {}
-        for path, file in self.files.items():
-            if owners.setdefault(file, path) is not path:
-                both = f"{owners[file]} and {path} would share {file}"
-                raise UserError(f"--sidecar: {both}; caption them apart, or give --out")
-            if not os.access(file.parent, os.W_OK):
-                raise UserError(f"--sidecar: {file.parent}: must not be written to; give --out")
+        for folder in {file.parent for file in self.files.values()}:
+            if os.path.isdir(folder) and not os.access(folder, os.W_OK):
+                raise UserError(f"--sidecar: {folder}: must not be written to; give --out")
 
     def has(self, path: Path) -> bool:
-        """Whether its sidecar holds a text."""
+        """Whether its sidecar holds a text, or what we may not read."""
         file = self.files[path]
-        return file.is_file() and file.read_bytes().strip() != b""
+        if not os.path.isfile(file):
+            return False
+        return not os.access(file, os.R_OK) or file.read_bytes().strip() != b""
 
-    def write(self, path: Path, written: Written) -> None:
+    def write(self, path: Path, written: Written) -> UserError | None:
         """Write the sidecar, whole."""
-        write_text(self.files[path], "".join(f"{text}\n" for text in written.captions))
+        file = self.files[path]
+        try:
+            write_text(file, "".join(f"{text}\n" for text in written.captions))
+        except OSError as error:
+            if error.errno in UNWRITABLE:
+                raise
+            return UserError(f"{path}: {file.name}: cannot be written to ({error.strerror})")
 
 
 class Table(Output):
@@ -3954,11 +3964,23 @@ class Table(Output):
             part.unlink()
 
 
+def check_sidecars(found: Sequence[Path], suffix: str) -> None:
+    """Raise UserError if two pictures, of any shards, would have the same sidecar."""
+    owners: dict[Path, Path] = {}
+    for path in found:
+        file = path.with_suffix(suffix)
+        if owners.setdefault(file, path) is not path:
+            both = f"{owners[file]} and {path} would share {file}"
+            raise UserError(f"--sidecar: {both}; caption them apart, or give --out")
+
+
 def part_file(config: CaptionConfig, found: Sequence[Path]) -> Path:
-    """The file that only this process writes to; for sidecars, a name for it."""
+    """The file that only this process writes to; for sidecars, a name for it, where the first of
+    them is written: the folder that holds all of them may be another user's."""
     part, count = config.shard or (1, 1)
-    folders = [path.absolute().parent for path in found] or ["."]
-    whole = config.out or os.path.join(os.path.commonpath(folders), ".distcap")
+    folders = {path.absolute().parent for path in found}
+    folders = [folder for folder in folders if os.access(folder, os.W_OK)]
+    whole = config.out or min(folders, default=Path(tempfile.gettempdir())) / ".distcap"
     return Path(f"{whole}.{part}-of-{count}.part")
 
 
@@ -4000,6 +4022,8 @@ def caption(config: CaptionConfig) -> int:
     listed = read_list(config.null) if "-" in config.paths else []
     named = [path for path in config.paths if path != "-"]
     found = find_images([*named, *listed], config.recursive, notes)
+    if config.sidecar:
+        check_sidecars(found, config.sidecar)
     part, count = config.shard or (1, 1)
     found = found[part - 1 :: count]
     failures: list[UserError] = []
@@ -4013,10 +4037,9 @@ def caption(config: CaptionConfig) -> int:
                 path, failure = found[number], written.failure
                 if not (written.captions or failure):
                     failure = UserError(f"{path}: the captioner wrote an empty caption")
-                if failure:
-                    failures.append(failure)
                 if config.json or not failure:
-                    output.write(path, written._replace(failure=failure))
+                    failure = output.write(path, written._replace(failure=failure)) or failure
+                failures += [failure] if failure else []
                 done += not failure
         except KeyboardInterrupt:
             status = 130

@@ -1,6 +1,8 @@
 """What `distcap caption` leaves: tables, sidecars, pages; its scores and samples; its memory."""
 
 import csv
+import errno
+import io
 import json
 import os
 import re
@@ -217,8 +219,52 @@ def test_sidecars_are_skipped_where_they_hold_a_text(run, pictures, capsys):
     assert (pictures / "  spaces .txt").read_text().startswith("A photo: ")
     assert len(list(pictures.glob("*.txt"))) == 5
     Image.new("RGB", (9, 9)).save(pictures / "a.jpg")
+    for shard in ([], ["--shard", "1/2"]):  # bug: not if another shard held the other picture
+        assert caption(run, pictures, "--sidecar", ".txt", *shard) == 2
+        assert "would share" in capsys.readouterr().err
+
+
+def test_the_lock_of_sidecars_lies_where_they_are_written(run, tmp_path, monkeypatch, capsys):
+    """Bug: it lay in the folder that holds their folders, which may be another user's."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        Image.new("RGB", (9, 9)).save(folder / "a.png")
+    closed = {tmp_path}
+
+    def access(path, mode, known=os.access):  # a mode would not keep root out
+        return Path(path) not in closed and known(path, mode)
+
+    monkeypatch.setattr(os, "access", access)
+    with FileLock(folders[0] / ".distcap.1-of-1.lock"):
+        assert caption(run, *folders, "--sidecar", ".txt") == 2
+    assert "another distcap writes there" in capsys.readouterr().err
+    closed.add(folders[0])
+    assert caption(run, *folders, "--sidecar", ".txt") == 2
+    assert "/one: must not be written to; give --out" in capsys.readouterr().err
+
+
+def test_a_sidecar_that_cannot_be_written_fails_alone(run, pictures, monkeypatch, capsys):
+    """Bugs: a listed picture of a folder that is not there, a long name, and a folder in a
+    sidecar's place each ended the run. A full disk does, for it concerns the others, too."""
+    long = pictures / f"{'x' * 250}.png"
+    shutil.copy(pictures / "a.png", long)
+    (pictures / "a.caption").mkdir()
+    names = f"{pictures}/nowhere/a.png\n{long}\n{pictures}/a.png\n{pictures}/{NAMES[1]}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(names))
+    assert caption(run, "-", "--sidecar", ".caption") == 1
+    *failures, summary = capsys.readouterr().err.splitlines()
+    assert "1 captioned, 3 failed" in summary
+    for failure, reason in zip(failures, ["No such file", "name too long", "Is a directory"]):
+        assert reason in failure
+    assert not list(pictures.glob("*.partial"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(distcap, "write_text", full)
     assert caption(run, pictures, "--sidecar", ".txt") == 2
-    assert "would share" in capsys.readouterr().err
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_a_link_is_followed_and_a_full_disk_leaves_whole_rows(run, pictures, tmp_path, capsys):
