@@ -1427,6 +1427,8 @@ def picture_formats() -> tuple[list[str], tuple[str, ...]]:
 def open_image(path: Path) -> Image.Image:
     """A picture of which only the header is read. Raises OSError with the true reason."""
     if not stat.S_ISREG(os.stat(path).st_mode):
+        if path.is_dir():
+            os.scandir(path).close()  # raises the reason, if it may not be listed
         raise OSError("a folder" if path.is_dir() else "not a file")  # a pipe would make us wait
     formats, _ = picture_formats()
     try:
@@ -3654,8 +3656,9 @@ def caption_all(captioner: Captioner, images: Sequence, config: Decoding, **limi
 def clip_name(config: Decoding) -> str:
     """The CLIP that the flags name, or else that of the captioner's run, or else the default."""
     if not config.clip and Path(config.captioner, "captioner").is_dir():
-        run = json.loads(Path(config.captioner, "config.json").read_text())
-        return run["clip"] or config.captioner
+        path = Path(config.captioner, "config.json")
+        with explain(f"{path}: cannot be read", "; give --clip"):
+            return json.loads(path.read_text())["clip"] or config.captioner
     return config.clip or "ViT-B-32/openai"
 
 
@@ -3931,6 +3934,8 @@ class Table(Output):
         self.done = {row.name for row in known if row.captions}
         # Anew: the last line may have been cut short.
         write_text(self.part, table_text(".jsonl", [*self.added.values()]))
+        if not self.added:  # perhaps no model can be loaded
+            self.part.unlink()
 
     def has(self, path: Path) -> bool:
         """Whether its row has a caption."""
@@ -3961,7 +3966,7 @@ class Table(Output):
         # In a .csv, names that are not UTF-8 can only be written as they are.
         write_text(self.out, text, "surrogateescape" if self.out.suffix == ".csv" else "replace")
         for part in {*self.parts, self.part}:
-            part.unlink()
+            part.unlink(missing_ok=True)
 
 
 def check_sidecars(found: Sequence[Path], suffix: str) -> None:

@@ -152,6 +152,18 @@ def test_shards_together_are_the_whole(run, pictures, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_model_that_cannot_be_loaded_leaves_no_empty_part(run, pictures, tmp_path, capsys):
+    """Bugs: it did; and a run's settings that are cut short gave a traceback."""
+    shutil.copytree(run, tmp_path / "broken")
+    (tmp_path / "broken" / "config.json").write_text('{"cl')
+    out = ["--rerank", "--out", tmp_path / "x.csv"]
+    assert caption(tmp_path / "broken", pictures, *out) == 2
+    message = capsys.readouterr().err
+    assert "config.json: cannot be read (Unterminated string" in message
+    assert message.endswith("; give --clip\n") and message.count("\n") == 1
+    assert not list(tmp_path.glob("x.csv*"))
+
+
 def test_a_part_that_a_kill_cut_short_is_put_into_the_table(run, pictures, tmp_path):
     """Of a picture that is there twice, as with --shard --overwrite, the last row counts."""
     caption(run, pictures, "--out", tmp_path / "whole.csv")

@@ -133,6 +133,18 @@ def complaints(stderr, folder):
     return [(name.replace("\\n", "\n"), why) for name, why in found]
 
 
+def test_a_folder_that_may_not_be_listed_says_so(tmp_path, monkeypatch):
+    """Bug: only "a folder", which is no reason."""
+
+    def refuse(path):  # a mode would not keep root out
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    (found,) = distcap.find_images([str(tmp_path)])
+    with pytest.raises(distcap.UserError, match=r"cannot be read \(Permission denied\)"):
+        distcap.load_image(found)
+
+
 def test_every_good_picture_is_captioned_and_every_broken_one_listed(
     run, folder, tmp_path, capsysbinary, monkeypatch
 ):
