@@ -3052,7 +3052,9 @@ class CaptionConfig(Decoding):
                                   "standard input", nargs="+", group="pictures")
     recursive: bool = flag(True, "search the folders within folders")
     null: bool = flag(False, "the listed names end in null characters, as find -print0 writes them")
-    shard: tuple[int, int] | None = flag(None, "2/4: the second of four parts", shard_of)
+    shard: tuple[int, int] | None = flag(
+        None, "2/4: the second of four parts; with --out, the same command without --shard joins "
+        "the parts", shard_of)
     out: str | None = flag(None, "write or continue this .jsonl, .csv or .html", group="output")
     sidecar: str | None = flag(None, "write a file beside each picture", (".txt", ".caption"))
     json: bool = flag(False, "print a JSON object a line, for failures too")
@@ -4056,7 +4058,9 @@ def caption(config: CaptionConfig) -> int:
     if (config.out or config.sidecar or status) and not config.quiet:
         stopped = "stopped: " if status else ""
         kept = len(found) - len(wanted)
-        say(f"{stopped}{done} captioned, {len(failures)} failed, {kept} had a caption")
+        joins = "; the same command without --shard or torchrun joins the parts"
+        joins = joins if config.out and config.shard else ""
+        say(f"{stopped}{done} captioned, {len(failures)} failed, {kept} had a caption{joins}")
     return status or (1 if failures else 0)
 
 
@@ -4068,7 +4072,10 @@ def write_paths(found: Sequence[Path], wanted: Sequence[int],
         return
     captioner, clip = load_models(config, config.rerank or config.scores)
     start = len(captioner.start)
-    longest = config.max_length or max(20 - start, 5)
+    longest = config.max_length or min(max(20 - start, 5), captioner.longest)
+    if (config.min_length or 0) > longest:
+        above = f"above the longest caption, {longest} tokens after the prompt"
+        raise UserError(f"--min-length {config.min_length}: {above}; give --max-length")
     shortest = max(5 - start, 1) if config.min_length is None else config.min_length
     limits = dict(min_new_tokens=min(shortest, longest), max_length=longest)
     limits["repetition_penalty"] = config.repetition_penalty
@@ -4258,8 +4265,8 @@ def check(config: Decoding, given: set[str]) -> None:
         if config.data == "toy" and config.clip and not config.captioner:
             own = "the toy world trains its own, unless --captioner is given too"
             raise UserError(f"--clip {config.clip}: {own}")
-    elif (config.min_length or 0) > (config.max_length or math.inf):
-        above = f"is above --max-length {config.max_length}"
+    elif (config.min_length or 0) > (config.max_length or 20):
+        above = f"is above --max-length {config.max_length or 20}; give a higher one"
         raise UserError(f"--min-length {config.min_length}: {above}")
     if isinstance(config, EvalConfig) and not config.table and not config.data:
         raise UserError("eval: which DATA? give a data set, or results with --table")
@@ -4389,7 +4396,9 @@ def join_processes(config: Decoding) -> Decoding:
         config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(config.device)
     if isinstance(config, CaptionConfig):
-        shard = int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"])
+        part, count = config.shard or (1, 1)
+        part += count * int(os.environ["RANK"])  # a machine's shard, dealt out to its processes
+        shard = part, count * int(os.environ["WORLD_SIZE"])
         return dataclasses.replace(config, shard=shard)
     with explain("torchrun: the processes do not meet"):
         torch.distributed.init_process_group("nccl" if "cuda" in config.device else "gloo")

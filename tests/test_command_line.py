@@ -346,6 +346,13 @@ def test_the_prompt_of_the_command_is_continued(run, capsys):
     wanted = captioner.search(features, 20 - start, beams=3, min_new_tokens=5 - start)
     assert captions("--prompt", "a red") == captioner.decode(wanted) != captions()
 
+    # Bugs: a prompt that leaves less than 5 tokens was a traceback, and a shortest length above
+    # the longest was cut in silence.
+    room = captioner.longest - 1
+    assert all(captions("--prompt", "a red" + " red" * room))
+    assert distcap.main([*command, "--prompt", "a red", "--min-length", "19"]) == 2
+    assert f"caption, {20 - start} tokens after the prompt; give --max" in one_line(capsys)
+
 
 def test_caption_takes_a_list_on_standard_input(run, monkeypatch, capsys):
     first, second, *_ = sorted((run / "test").glob("*.png"))
@@ -502,6 +509,7 @@ def test_ctrl_c_ends_quietly(run):
         (["caption", "https://x.org/a.jpg"], "a web address; download"),
         (["caption", "EMPTY", "--shard", "5/4"], "--shard: 5/4 must be like 1/4"),
         (["caption", "x", "--min-length", "9", "--max-length", "5"], "--min-length 9: is above"),
+        (["caption", "x", "--min-length", "40"], "--min-length 40: is above --max-length 20; give"),
         (["caption", "EMPTY", "--out", "no/x.jsonl"], "in a folder that exists"),
         (["eval", "EMPTY", "--captioner", "x"], "pictures and no captions"),
         (["eval"], "DATA"),

@@ -141,15 +141,29 @@ def test_overwriting_keeps_the_old_rows_until_it_is_done(run, pictures, tmp_path
     assert [path.name for path in tmp_path.glob("x*")] == ["x.jsonl"]
 
 
-def test_shards_together_are_the_whole(run, pictures, tmp_path):
+def test_shards_together_are_the_whole(run, pictures, tmp_path, capsys):
     out = tmp_path / "x.csv"
     for part in ("1/2", "2/2"):
         caption(run, pictures, "--out", out, "--shard", part)
+        assert "the same command without --shard or torchrun joins" in capsys.readouterr().err
     assert not out.exists() and len(list(tmp_path.glob("x.csv.?-of-2.part"))) == 2
     caption(run, pictures, "--out", out)
     caption(run, pictures, "--out", tmp_path / "y.csv")
     assert out.read_bytes() == (tmp_path / "y.csv").read_bytes()
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_torchrun_deals_out_a_machines_shard(monkeypatch):
+    """Bug: --shard was ignored, and each machine captioned everything. Machines need not have
+    equally many processes."""
+    dealt = []
+    for part, world in ((1, 4), (2, 3)):
+        for rank in range(world):
+            monkeypatch.setattr(os, "environ", {"RANK": str(rank), "WORLD_SIZE": str(world)})
+            config = distcap.CaptionConfig(shard=(part, 2), device="cpu")
+            first, count = distcap.join_processes(config).shard
+            dealt += range(100)[first - 1 :: count]
+    assert sorted(dealt) == list(range(100))
 
 
 def test_a_model_that_cannot_be_loaded_leaves_no_empty_part(run, pictures, tmp_path, capsys):
