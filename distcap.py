@@ -3052,9 +3052,8 @@ class CaptionConfig(Decoding):
                                   "standard input", nargs="+", group="pictures")
     recursive: bool = flag(True, "search the folders within folders")
     null: bool = flag(False, "the listed names end in null characters, as find -print0 writes them")
-    shard: tuple[int, int] | None = flag(
-        None, "2/4: the second of four parts; with --out, the same command without --shard joins "
-        "the parts", shard_of)
+    shard: tuple[int, int] | None = flag(None, "2/4: the second of four parts; with --out, the "
+                                         "same command without --shard joins the parts", shard_of)
     out: str | None = flag(None, "write or continue this .jsonl, .csv or .html", group="output")
     sidecar: str | None = flag(None, "write a file beside each picture", (".txt", ".caption"))
     json: bool = flag(False, "print a JSON object a line, for failures too")
@@ -3882,10 +3881,6 @@ class Output:
         """Finish, after the last picture."""
 
 
-# Errors of a whole disk, not of a file: full, above a limit, read-only, broken.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-
-
 class Sidecars(Output):
     """A text file beside each picture, with a caption a line."""
 
@@ -3899,9 +3894,8 @@ class Sidecars(Output):
     def has(self, path: Path) -> bool:
         """Whether its sidecar holds a text, or what we may not read."""
         file = self.files[path]
-        if not os.path.isfile(file):
-            return False
-        return not os.access(file, os.R_OK) or file.read_bytes().strip() != b""
+        closed = not os.access(file, os.R_OK)
+        return os.path.isfile(file) and (closed or file.read_bytes().strip() != b"")
 
     def write(self, path: Path, written: Written) -> UserError | None:
         """Write the sidecar, whole."""
@@ -3909,8 +3903,8 @@ class Sidecars(Output):
         try:
             write_text(file, "".join(f"{text}\n" for text in written.captions))
         except OSError as error:
-            if error.errno in UNWRITABLE:
-                raise
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+                raise  # of the whole disk: full, read-only, broken
             return UserError(f"{path}: {file.name}: cannot be written to ({error.strerror})")
 
 
@@ -4396,9 +4390,8 @@ def join_processes(config: Decoding) -> Decoding:
         config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(config.device)
     if isinstance(config, CaptionConfig):
-        part, count = config.shard or (1, 1)
-        part += count * int(os.environ["RANK"])  # a machine's shard, dealt out to its processes
-        shard = part, count * int(os.environ["WORLD_SIZE"])
+        part, count = config.shard or (1, 1)  # a machine's, dealt out to its processes
+        shard = part + count * int(os.environ["RANK"]), count * int(os.environ["WORLD_SIZE"])
         return dataclasses.replace(config, shard=shard)
     with explain("torchrun: the processes do not meet"):
         torch.distributed.init_process_group("nccl" if "cuda" in config.device else "gloo")
