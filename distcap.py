@@ -2077,7 +2077,8 @@ class Run:
             self.board = SummaryWriter(str(folder))
         if self.writes:
             with open(folder / "log.jsonl", "ab") as log:
-                log.truncate(self.state.get("log_size", 0))  # what came after will come again
+                # What came after the state will come again. What was removed is not made up.
+                log.truncate(min(self.state.get("log_size", 0), log.tell()))
 
     def write(self, **record) -> None:
         """Add a line to log.jsonl. JSON has no number that is not finite: it becomes null."""
@@ -2299,7 +2300,10 @@ def keep_best(model: nn.Module, measures: dict, stage: str, number: int, config:
 def give_up(stage: str, step: int, run: Run) -> None:
     """End a run after a save: UserError after ten steps that were not finite, else as by Ctrl-C."""
     if run.notes["failures"] >= 10:
-        advice = "try a lower --learning-rate"
+        changes = {"clip": "another --seed", "tf": "a lower --tf-learning-rate",
+                   "discriminator": "a lower --discriminator-learning-rate",
+                   "rl": "a lower --learning-rate"}  # fmt: skip
+        advice = f"begin again, in another --out, with {changes[stage]}"
         raise UserError(f"{stage}: ten steps in a row were not finite; {advice}")
     if run.writes:
         say(f"stopped after step {step} of {stage}; with --resume the same command goes on")
@@ -2878,8 +2882,8 @@ def toy_world(seed: int, train_size: int, test_size: int) -> tuple[list[Example]
     scenes = [Scene(*first, relation, *second, ground) for first in nouns for second in nouns
               for relation in RELATIONS for ground in BACKGROUNDS]  # fmt: skip
     if train_size + test_size > len(scenes):
-        holds = f"the toy world has {len(scenes)} scenes, test included"
-        raise UserError(f"--train-size {train_size}: {holds}")
+        holds = f"more than the {len(scenes)} scenes of the toy world; give less"
+        raise UserError(f"--train-size {train_size}, --test-size {test_size}: {holds}")
     examples = []
     for number, scene in enumerate(rng.sample(scenes, train_size + test_size)):
         picture = draw(scene, rng)
@@ -3179,6 +3183,9 @@ def toy_sets(config: TrainConfig) -> tuple[list[Example], list[Example], list[Ex
     seen = {example.scene for example in (*training, *test)}
     others = toy_world(config.seed + 2**32, 0, 2 * min(config.test_size, 200))[1]
     unseen = [example for example in others if example.scene not in seen]
+    if not unseen:
+        sizes = f"--train-size {config.train_size}, --test-size {config.test_size}"
+        raise UserError(f"{sizes}: leave no scene of the toy world to validate on; change one")
     return training, unseen[: min(config.test_size, 200)], test
 
 
@@ -3264,11 +3271,13 @@ FREE = ("resume", "strict", "workers", "device", "save_every", "log_every", "ten
 
 
 def open_run_folder(config: TrainConfig) -> Path:
-    """Make the run folder, with the settings in its config.json. Raises UserError if it exists and
-    is not to be resumed, was made with other settings, or is complete."""
+    """Make the run folder, with the settings in its config.json. Raises UserError if there is a run
+    that is not to be resumed, was made with other settings, or is complete, or anything else."""
     out = Path(config.out or f"runs/{Path(config.data).resolve().stem}")
     path = out / "config.json"
-    if out.exists() and not config.resume:
+    if out.exists() and not path.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: is no run folder; give another folder with --out")
+    if path.exists() and not config.resume:
         advice = "go on with it by --resume, remove it, or give another folder with --out"
         raise UserError(f"{out}: already exists; {advice}")
     settings = dataclasses.asdict(config) | {"processes": process_count()}
@@ -3311,7 +3320,8 @@ def examine(examples: list[Example], clip: CLIP, config: TrainConfig, skipped: l
     skipped += [Skipped(str(images[n]), str(error)) for n, error in failures]
     good = [example for n, example in enumerate(examples) if n not in bad]
     if not good:
-        raise UserError(f"none of {len(examples)} pictures can be read: {failures[0][1]}")
+        reason = failures[0][1] if failures else "there are none"
+        raise UserError(f"none of {len(examples)} pictures can be read: {reason}")
     return good, embeddings[: len(good)]
 
 
@@ -3673,6 +3683,9 @@ def load_models(config: Decoding, with_clip: bool = True) -> tuple[Captioner, CL
     captioner.bf16 = config.precision == "bf16"
     if isinstance(config, TrainConfig) and config.train_only:
         captioner.train_only(config.train_only)
+        frozen = {*captioner.vision.parameters()} if config.freeze_vision else set()
+        if not any(each.requires_grad for each in {*captioner.model.parameters()} - frozen):
+            raise UserError("--freeze-vision, --train-only: leave nothing to train")
     return captioner, CLIP.load(clip_name(config), config.device) if with_clip else None
 
 

@@ -88,6 +88,7 @@ def test_eval_reproduces_the_after_row_exactly(run, tmp_path, capsys):
 
 
 TINY = "--train-size 64 --test-size 6 --device cpu".split()
+BRIEF = [*TINY, *"--tf-steps 2 --steps 2 --batch-size 8 --max-length 8".split()]
 
 
 def read_log(folder):
@@ -690,6 +691,44 @@ def test_a_run_is_not_overwritten_by_mistake(run, capsys):
     before = (run / "results.json").read_bytes()
     assert distcap.main(["train", "--out", str(run)]) == 2
     assert "--out" in one_line(capsys) and (run / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("more", [(), ("--resume",)])
+def test_a_folder_of_the_users_is_no_run_folder(more, run, tmp_path, capsys):
+    """Bug: --resume wrote a run over what is in it, and without it the message advised --resume."""
+    kept = tmp_path / "mine" / "log.jsonl"
+    kept.parent.mkdir()
+    command = ["train", "--captioner", str(run), *BRIEF, "--out", str(kept.parent), *more]
+    kept.write_text("mine")
+    assert distcap.main(command) == 2
+    said = one_line(capsys)
+    assert f"{kept.parent}: is no run folder; give another folder with --out" in said
+    assert os.listdir(kept.parent) == ["log.jsonl"] and kept.read_text() == "mine"
+    assert distcap.main([*command, "--out", str(kept)]) == 2
+    assert f"{kept}: is no run folder" in one_line(capsys)
+    kept.unlink()
+    assert distcap.main(command) == 0  # it is empty
+    assert (kept.parent / "results.json").is_file()
+
+
+def test_a_run_that_was_stopped_before_it_wrote_anything_is_a_run(run, tmp_path, capsys):
+    """All that it has is its config.json."""
+    command = ["train", "--captioner", str(run), *BRIEF, "--out", str(tmp_path)]
+    _, config, _ = distcap.parse_arguments(command)
+    distcap.open_run_folder(dataclasses.replace(config, clip=distcap.clip_name(config)))
+    assert os.listdir(tmp_path) == ["config.json"]
+    assert distcap.main(command) == 2 and "go on with it by --resume" in one_line(capsys)
+    assert distcap.main([*command, "--resume"]) == 0
+
+
+def test_a_vision_tower_that_is_all_to_train_and_frozen_is_one_line(run, tmp_path, capsys):
+    """Bug: a KeyError, after the pictures were embedded."""
+    command = ["train", "--captioner", str(run), *BRIEF, "--out", str(tmp_path / "new")]
+    command += ["--freeze-vision", "--train-only"]
+    assert distcap.main([*command, "vision_model"]) == 2
+    assert "--freeze-vision, --train-only: leave nothing to train" in one_line(capsys)
+    assert not (tmp_path / "new").exists()
+    assert distcap.main([*command, "vision_model|crossattention"]) == 0
 
 
 def test_what_is_no_checkpoint_is_one_line(run, tmp_path, capsys):

@@ -163,6 +163,16 @@ def test_what_cannot_be_resumed_is_one_line(stopped, capsys, monkeypatch):
     assert f"{stopped}/config.json: cannot be read" in refused(capsys, go_on)
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_log_that_lost_lines_is_continued(left, stopped):
+    """Bug: NUL bytes filled the place of what was removed, and no results could be written."""
+    path = stopped / "log.jsonl"
+    kept = path.read_bytes().splitlines(keepends=True)[:left]
+    path.write_bytes(b"".join(kept))
+    assert distcap.main(command(stopped, "discriminator", "--resume")) == 0
+    assert path.read_bytes().startswith(b"".join(kept) + b'{"stage": "clip", "step": 2,')
+
+
 def test_what_does_not_change_the_run_may_change(stopped, capsys):
     more = "--resume --workers 1 --save-every 1 --log-every 1"
     assert distcap.main(command(stopped, "discriminator", *more.split())) == 0

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from conftest import configure
 
 import distcap
 
@@ -86,8 +87,23 @@ def test_toy_world_is_deterministic_and_no_scene_occurs_twice():
 
 
 def test_toy_world_says_when_it_runs_out_of_scenes():
-    with pytest.raises(distcap.UserError, match="51200 scenes"):
+    with pytest.raises(distcap.UserError, match="--test-size 1000: more than the 51200 scenes"):
         distcap.toy_world(0, 51_000, 1_000)
+
+
+def test_toy_sets_say_that_no_scene_is_left_to_validate_on(monkeypatch):
+    """Bug: a traceback, after CLIP was trained."""
+    drawn = distcap.toy_world(0, 0, 4)[1]
+    worlds = iter([(drawn[:2], drawn[2:]), ([], [drawn[1], drawn[3]])])
+    monkeypatch.setattr(distcap, "toy_world", lambda *_: next(worlds))
+    with pytest.raises(distcap.UserError, match="^--train-size 2, --test-size 2: leave no scene"):
+        distcap.toy_sets(configure(train_size=2, test_size=2))
+
+
+def test_no_pictures_at_all_are_a_line(clip):
+    """Bug: an IndexError."""
+    with pytest.raises(distcap.UserError, match="none of 0 pictures can be read: there are none"):
+        distcap.examine([], clip, configure(), [], {})
 
 
 def test_pictures_show_their_scene():

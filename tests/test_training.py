@@ -140,6 +140,17 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_the_run():
         fit_one_weight(step, [1] * 10 + [0])
 
 
+def test_the_advice_after_ten_bad_steps_is_the_flag_of_the_stage():
+    """Bug: it named --learning-rate in every stage, and --resume refuses another rate."""
+    run, wanted = distcap.Run(), {"tf": "--tf-learning-rate", "rl": "--learning-rate"}
+    wanted |= {"discriminator": "--discriminator-learning-rate", "clip": "--seed"}
+    run.notes["failures"] = 10
+    for stage in distcap.STAGES:
+        advice = f"^{stage}: .*; begin again, in another --out, with .* {wanted[stage]}$"
+        with pytest.raises(distcap.UserError, match=advice):
+            distcap.give_up(stage, 10, run)
+
+
 @pytest.mark.parametrize(("stage", "dropout"), [("tf", True), ("clip", True), ("rl", False)])
 def test_there_is_dropout_but_not_in_reinforcement_learning(stage, dropout):
     """The policy that is scored must be the one that was sampled from."""
