@@ -68,6 +68,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -3473,12 +3474,15 @@ def finish(
 def model_card(measures: dict[str, float], about: dict, config: TrainConfig) -> str:
     """What the Hugging Face Hub shows of a captioner, as Markdown."""
     usual = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    flags = []
+    toy = TOY if config.data == "toy" else {}
+    usual |= toy | RECIPES[config.recipe]  # as `parse_arguments` presets it
+    left_out = {"data", "out", *FREE, *ignored_flags(config)}
+    command = ["distcap", "train", config.data]
     for name, value in vars(config).items():
-        if value not in (usual[name], None) and name not in ("data", "out", *FREE):
+        if value not in (usual[name], None) and name not in left_out:
             text = name.replace("_", "-")
             switch = f"--{text}" if value else f"--no-{text}"
-            flags.append(switch if isinstance(value, bool) else f"--{text} {value}")
+            command += [switch] if isinstance(value, bool) else [f"--{text}", str(value)]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in measures.items())
     return f"""---
@@ -3488,7 +3492,7 @@ tags: [image-captioning, reinforcement-learning, distcap]
 ---
 # An image captioner, trained by distcap
 
-`distcap train {config.data} {" ".join(flags)}`
+`{shlex.join(command)}`
 
 On {about["images"]} pictures of the test split:
 

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -709,6 +710,31 @@ def test_a_folder_of_the_users_is_no_run_folder(more, run, tmp_path, capsys):
     kept.unlink()
     assert distcap.main(command) == 0  # it is empty
     assert (kept.parent / "results.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train --recipe clip-scst --out runs/hacked",
+        "train --recipe tf",
+        "train --similarity-weight 0.94",
+        "train --tf-steps 0 --no-normalize --freeze-vision",
+        "train DATA --recipe scst --ground-truth-weight 1",
+        "train DATA --prompt 'a photo of' --train-only 'lm_head|layers.1[0-9]'",
+    ],
+)
+def test_the_command_of_a_model_card_is_the_runs(arguments, tmp_path):
+    """Bug: it repeated what a recipe sets, which was refused, and left out what was set back from
+    the toy world's or a recipe's value to the usual one; and texts of several words fell apart."""
+    (tmp_path / "my data").mkdir()
+    data = str(tmp_path / "my data")
+    given = [data if word == "DATA" else word for word in shlex.split(arguments)]
+    _, config, _ = distcap.parse_arguments(given)
+    card = distcap.model_card({}, {"versions": {}, "images": 6}, config)
+    printed = shlex.split(re.search("^`distcap (.*)`$", card, flags=re.M)[1])
+    _, again, flags = distcap.parse_arguments(printed)
+    distcap.check(again, flags)
+    assert dataclasses.replace(again, out=config.out) == config
 
 
 def test_a_run_that_was_stopped_before_it_wrote_anything_is_a_run(run, tmp_path, capsys):
