@@ -475,7 +475,8 @@ class PacedDiscriminator(Discriminator):
     takes whatever is new for human. This one is shown corrupted human captions too; its further
     updates (`discriminator_steps`) return to the pools of the last 20 steps; and r_reg is its logit
     within +-10, in nats, which still tells captions apart where every probability is near zero.
-    `shown` has of each of these steps the rows of wrong and those of human captions.
+    `shown` has of each of these steps the rows of wrong and those of human captions, of all
+    processes, so that what the first one saves is enough to resume them all.
     """
 
     def __init__(self, width: int, clip) -> None:
@@ -496,7 +497,7 @@ class PacedDiscriminator(Discriminator):
         broken = [corrupt(caption) for caption in batch.ground_truth]
         corrupted = [rollout.image_embeddings, self.clip.embed_captions(broken)]
         wrong = torch.cat([sampled, torch.cat(corrupted, dim=1)])  # (K*B + B, D + D)
-        self.shown.append((wrong, human))
+        self.shown.append((gather(wrong), gather(human)))
         del self.shown[:-20]
 
         logits = self.network(pairs).squeeze(1).detach()
@@ -508,7 +509,7 @@ class PacedDiscriminator(Discriminator):
     def rehearse(self, rollout: Rollout, batch: Batch) -> Tensor:
         """Eq. 4 on the pool of one of the last 20 steps, drawn by torch's random numbers."""
         drawn = self.shown[torch.randint(len(self.shown), ())]
-        wrong, human = (rows.to(rollout.caption_embeddings.device) for rows in drawn)
+        wrong, human = (own_rows(rows).to(rollout.caption_embeddings.device) for rows in drawn)
         return self.loss(wrong, human)
 
 
@@ -516,7 +517,8 @@ class KL(Regularizer):
     """Stay near the captioner that reinforcement learning started from, p_0 (Eq. 10).
 
     r_reg is log p_0(c|i) - log p(c|i), in nats divided by `divisor`. Of a sampled caption that is
-    minus an unbiased estimate of KL(p || p_0). `captioner` is copied as it is now.
+    minus an unbiased estimate of KL(p || p_0). `captioner` is copied as it is now. Pictures are
+    taken in so many `parts`, one after the other, as fit into memory.
     """
 
     def __init__(self, captioner, divisor: float | None) -> None:
@@ -524,19 +526,28 @@ class KL(Regularizer):
         self.captioner = captioner
         self.initial = copy.deepcopy(captioner)
         self.divisor = divisor
+        self.parts = 1
 
     def score(self, rollout: Rollout, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
         """The log-ratio of every caption; no loss; the estimate of the divergence. It costs two
         passes over the pool that training itself does not need."""
-        log_probs = []
-        for captioner in (self.captioner, self.initial):
-            with torch.no_grad():
-                features = captioner.encode(batch.pixels)
-                words, mask = captioner.log_probs(features, rollout.tokens, rollout.image_index)
-            log_probs.append(caption_log_probs(words, mask, self.divisor))
-        now, before = log_probs
+        with torch.no_grad():
+            now = self.log_probs(self.captioner, rollout, batch)
+            before = self.log_probs(self.initial, rollout, batch)
         sampled_now, *_ = (now - before).split(rollout.sizes)
         return before - now, now.new_zeros(()), {"kl": sampled_now.mean().item()}
+
+    def log_probs(self, captioner, rollout: Rollout, batch: Batch) -> Tensor:
+        """log p(c|i) of every caption of the pool: (C,)."""
+        result = torch.zeros_like(rollout.caption_embeddings[:, 0])
+        size = len(batch.index) // self.parts
+        for part in range(self.parts):
+            own = rollout.image_index // size == part  # (C,): the captions of these pictures
+            features = captioner.encode(batch.pixels[part * size :][:size])
+            rows = rollout.image_index[own] - part * size
+            words, mask = captioner.log_probs(features, rollout.tokens[own], rows)
+            result[own] = caption_log_probs(words, mask, self.divisor)
+        return result
 
 
 def plain_words(text: str) -> str:
@@ -548,7 +559,7 @@ class Cider(Regularizer):
     """CIDEr of each caption against the references of its image (Eq. 10), from 0 to 10.
 
     By pycocoevalcap's scorer, with the document frequencies of the whole data set, not of a batch.
-    `references` holds those of every picture of the data set, of which no pool is larger.
+    `references` holds those of every picture of the data set.
     """
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
@@ -566,12 +577,18 @@ class Cider(Regularizer):
         from pycocoevalcap.cider.cider_scorer import cook_refs
 
         pictures = batch.index[rollout.image_index].tolist()
-        self.scorer.ctest = cook_refs([plain_words(caption) for caption in rollout.captions])
-        # The scorer takes the size of the data set from the length of this list. What follows the
-        # references of this pool pads it to that length, and is never compared.
-        uncompared = self.references[len(pictures) :]
-        self.scorer.crefs = [self.references[index] for index in pictures] + uncompared
-        scores = rollout.caption_embeddings.new_tensor(self.scorer.compute_cider())
+        size = len(self.references)
+        scores = []
+        for start in range(0, len(pictures), size):  # a pool may be larger than the data set
+            own = slice(start, start + size)
+            words = [plain_words(caption) for caption in rollout.captions[own]]
+            self.scorer.ctest = cook_refs(words)
+            # The scorer takes the size of the data set from the length of this list. What follows
+            # the references of these captions pads it to that length, and is never compared.
+            compared = [self.references[index] for index in pictures[own]]
+            self.scorer.crefs = compared + self.references[len(compared) :]
+            scores += self.scorer.compute_cider()
+        scores = rollout.caption_embeddings.new_tensor(scores)
         return scores, scores.new_zeros(()), {}
 
 
@@ -3441,6 +3458,7 @@ def prepare_reinforcement(learner: Learner, training: Sequence[Example], config:
     learner.regularizer = make_regularizer(learner, [each.references for each in training])
     if isinstance(learner.regularizer, KL):  # its captioner is saved with the rest, not learned
         learner.regularizer.network = learner.regularizer.initial.model.requires_grad_(False)
+        learner.regularizer.parts = config.accumulate
     learner.regularizer.network.to(config.device)
 
 

@@ -193,6 +193,19 @@ def train_a_little(clip, world, name):
     return dict(records=log.records, advantages=advantages, gradients=first, weights=weights)
 
 
+def rehearsals(clip, world):
+    """The loss of a rehearsal, and of the same one with what the first process alone remembers, as
+    after a resumption."""
+    learner = make_learner(clip, world, regularizer="paced")
+    count, rank = distcap.process_count(), distcap.process_rank()
+    learner.reinforce_step(distcap.in_parts(joint_batch(learner, world), count)[rank])
+    paced, losses = learner.regularizer, []
+    for shown in (paced.shown, distcap.put_together(paced.shown)[:1]):
+        paced.shown = shown
+        losses.append(paced.rehearse(*learner.judged).item())
+    return losses
+
+
 def one_of_two(rank, folder, clip_folder):
     """What each of the processes does."""
     torch.set_num_threads(1)
@@ -203,6 +216,7 @@ def one_of_two(rank, folder, clip_folder):
     results = {name: train_a_little(clip, world, name) for name in METHODS}
     gathered = distcap.gather(torch.tensor([[rank, 1], [rank, 2]]))
     results["gathered"] = gathered, distcap.own_rows(gathered)
+    results["rehearsals"] = rehearsals(clip, world)
     results["shared"] = distcap.put_together(list(distcap.own_share(range(5))))
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -255,6 +269,13 @@ def test_rows_are_gathered_in_the_order_of_the_ranks(ranks):
         assert gathered.tolist() == [[0, 1], [0, 2], [1, 1], [1, 2]]
         assert own.tolist() == [[rank, 1], [rank, 2]]
         assert result["shared"] == [0, 1, 2, 3, 4]
+
+
+def test_each_process_rehearses_on_its_own_rows_also_when_resumed(ranks):
+    """Bug: resumed, all of them rehearsed on those of the first process."""
+    losses = [result["rehearsals"] for result in ranks]
+    assert all(before == resumed for before, resumed in losses)
+    assert losses[0] != losses[1]
 
 
 def test_torchrun_leaves_one_run_folder(run, world, tmp_path, capsys):

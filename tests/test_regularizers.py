@@ -173,6 +173,20 @@ def test_cider_equals_pycocoevalcap_on_the_whole_data_set():
         torch.testing.assert_close(scores, torch.tensor(expected[index]).float())
 
 
+def test_cider_of_a_pool_larger_than_the_data_set_is_the_same():
+    """Bug: its size was then taken for the number of pictures, and all scores were higher."""
+    captions = ["a red ring!", "a blue blue bar", "a ring and a bar"]
+    index, nothing = torch.tensor([2, 0, 1]), torch.zeros(12, 4)
+    batch = distcap.Batch(index, [], nothing)
+    found = []
+    for times in (1, 4):
+        own = torch.arange(3).repeat(times)
+        rollout = distcap.Rollout(nothing, captions * times, own, nothing, nothing, (3, 0, 0))
+        found.append(distcap.Cider(REFERENCES).score(rollout, batch)[0])
+    once, often = found
+    assert once.max() > 0 and often.equal(once.repeat(4))
+
+
 def test_cider_of_a_human_caption_is_high_and_of_another_images_low(learn, world):
     learner, batch = learn(regularizer="cider")
     rollout = rollout_of(learner, batch)
@@ -198,6 +212,24 @@ def test_kl_is_zero_at_the_start_and_the_log_ratio_afterwards(learn):
         slow.append(total[0] - total[1])
     torch.testing.assert_close(scores, torch.stack(slow).detach(), atol=1e-5, rtol=1e-4)
     assert record["kl"] == pytest.approx(-scores[:4].mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_kl_takes_no_more_pictures_at_a_time_than_a_part_has(learn, parts):
+    """Bug: with --accumulate, whose promise is the memory of one part, it took all at once."""
+    learner, batch = learn(regularizer="kl", accumulate=parts, samples=2)
+    with torch.no_grad():  # move the captioner away from its teacher
+        next(learner.captioner.model.text_decoder.parameters()).mul_(1.1)
+    rollout, taken = rollout_of(learner, batch), []
+    for captioner in (learner.captioner, learner.regularizer.initial):
+        encode = captioner.encode
+        captioner.encode = lambda pixels, encode=encode: taken.append(len(pixels)) or encode(pixels)
+    scores, _, record = learner.regularizer.score(rollout, batch)
+    assert taken == [4 // parts] * parts * 2
+    learner.regularizer.parts = 1
+    whole, _, record_of_whole = learner.regularizer.score(rollout, batch)
+    torch.testing.assert_close(scores, whole, atol=1e-6, rtol=1e-4)
+    assert record == pytest.approx(record_of_whole, abs=1e-6) and scores.abs().max() > 1e-3
 
 
 def test_minus_the_log_ratio_of_samples_estimates_the_kl_divergence():

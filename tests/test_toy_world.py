@@ -96,7 +96,7 @@ def test_toy_sets_say_that_no_scene_is_left_to_validate_on(monkeypatch):
     drawn = distcap.toy_world(0, 0, 4)[1]
     worlds = iter([(drawn[:2], drawn[2:]), ([], [drawn[1], drawn[3]])])
     monkeypatch.setattr(distcap, "toy_world", lambda *_: next(worlds))
-    with pytest.raises(distcap.UserError, match="^--train-size 2, --test-size 2: leave no scene"):
+    with pytest.raises(distcap.UserError, match=r"^--train-size 2, --test-size 2: leave no scene"):
         distcap.toy_sets(configure(train_size=2, test_size=2))
 
 
