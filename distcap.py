@@ -3335,12 +3335,18 @@ def examine(examples: list[Example], clip: CLIP, config: TrainConfig, skipped: l
         width = clip.embed_captions(["a"]).shape[1]
         embeddings = torch.zeros(1, width, device=clip.device).expand(len(images), -1)
     bad = dict(failures)
-    skipped += [Skipped(str(images[n]), str(error)) for n, error in failures]
+    skipped += unread(images, failures)
     good = [example for n, example in enumerate(examples) if n not in bad]
     if not good:
         reason = failures[0][1] if failures else "there are none"
         raise UserError(f"none of {len(examples)} pictures can be read: {reason}")
     return good, embeddings[: len(good)]
+
+
+def unread(images: Sequence, failures: Sequence[tuple[int, UserError]]) -> list[Skipped]:
+    """What to say of pictures that cannot be read."""
+    named = [(str(images[number]), str(error)) for number, error in failures]
+    return [Skipped(name, text.removeprefix(f"{name}: ")) for name, text in named]
 
 
 def embed_cached(clip: CLIP, images: list, workers: int, failures: list,
@@ -4148,7 +4154,7 @@ def evaluate_command(config: EvalConfig) -> None:
     for name, clip in clips.items():
         failures = []
         seen[name] = (clip, clip.embed_images(images, config.workers, failures))
-    skipped += [Skipped(str(images[n]), str(error)) for n, error in failures]
+    skipped += unread(images, failures)
     kept = sorted(set(range(len(images))) - {n for n, _ in failures})
     if not kept:
         raise failures[0][1]

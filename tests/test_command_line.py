@@ -408,13 +408,21 @@ def test_a_broken_training_picture_is_left_out_or_refused(run, tmp_path, capsys)
     assert skipped["name"].endswith("3.png") and "cannot be read" in skipped["reason"]
 
 
-def test_a_broken_test_picture_is_one_line(run, tmp_path, capsys):
+def test_broken_test_pictures_are_one_line(run, tmp_path, capsys):
+    """One is left out, and told; of all of them there is nothing to evaluate."""
     shutil.copytree(run / "test", tmp_path / "data")
-    whole = sorted((tmp_path / "data").glob("*.png"))[7]
-    whole.write_bytes(whole.read_bytes()[:60])
-    assert distcap.main(["eval", str(tmp_path / "data"), "--captioner", str(run)]) == 2
+    pictures = sorted((tmp_path / "data").glob("*.png"))
+    pictures[7].write_bytes(pictures[7].read_bytes()[:60])
+    command = ["eval", str(tmp_path / "data"), "--captioner", str(run)]
+    assert distcap.main(command) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    first = f"the first: {pictures[7]}: cannot be read (image file is truncated)"
+    assert told == [f"distcap: left out 1 pictures or captions; {first}"]
+    for picture in pictures:
+        picture.write_bytes(b"")
+    assert distcap.main(command) == 2
     printed = capsys.readouterr()
-    assert printed.err.count("\n") == 1 and str(whole) in printed.err and printed.out == ""
+    assert printed.err.count("\n") == 1 and str(pictures[0]) in printed.err and printed.out == ""
 
 
 @pytest.mark.parametrize("verb", ["caption", "eval"])
