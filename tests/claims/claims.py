@@ -1014,7 +1014,7 @@ def texts(tables: dict, tuning: dict) -> dict[Path, str]:
     """The two READMEs as they should be: this folder's, from its template, and the project's, with
     the other template between its marks."""
     prose, project = Prose(tables, tuning), HERE.parents[1] / "README.md"
-    page = prose.render((HERE / "README.template.md").read_text(encoding="utf-8"))
+    page = prose.render((HERE / "README.template.md").read_text(encoding="utf-8")).rstrip() + "\n"
     part = prose.render((HERE / "headline.template.md").read_text(encoding="utf-8")).strip()
     whole = project.read_text(encoding="utf-8")
     whole = BLOCK.sub(lambda found: found[1] + part + found[2], whole)
