@@ -64,6 +64,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing.reduction
 import os
 import pickle
 import random
@@ -2034,6 +2035,14 @@ def begin_worker(_: int) -> None:
     """How a worker process begins. Ctrl-C reaches it too, but the main process decides."""
     import_torch()  # if it is no fork: it has imported this file as the command did
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").total < 2**30:
+        # In Docker it has 64 MB, which a few batches fill; then all would wait for ever.
+        multiprocessing.reduction.ForkingPickler.register(Tensor, by_value)
+
+
+def by_value(tensor: Tensor) -> tuple:
+    """How a tensor goes through a pipe whole, and not as a place in shared memory."""
+    return torch.from_numpy, (tensor.numpy(),)
 
 
 @contextlib.contextmanager

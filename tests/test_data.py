@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 
 import numpy
@@ -280,6 +281,21 @@ def test_worker_processes_give_the_same_batches_in_the_same_order(on_disk, capti
         assert torch.equal(
             one.pixels, captioner.pixels(map(distcap.load_image, images(on_disk, rows)))
         )
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="shares memory in another way")
+@pytest.mark.parametrize("megabytes", [64, 4096])
+def test_where_little_memory_can_be_shared_batches_are_sent(
+    megabytes, on_disk, captioner, monkeypatch
+):
+    """In a container /dev/shm may hold less than two batches, and waiting would never end."""
+    usage = shutil.disk_usage("/")._replace(total=megabytes * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    dataset = distcap.CaptionDataset(on_disk, captioner.pixels)
+    order = distcap.schedule(on_disk, 6, 3, seed=3)
+    for one, two in zip(read(dataset, order, 0), read(dataset, order, 2)):
+        assert two.pixels.is_shared() == (megabytes > 64)
+        assert torch.equal(one.pixels, two.pixels)
 
 
 def images(examples, rows):
