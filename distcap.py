@@ -1873,8 +1873,9 @@ def name_within(folder: Path, path: Path) -> str:
     """What a file in the folder calls a path: relative to it, unless there is a link on the way to
     the folder, where `..` leads elsewhere."""
     name = os.path.relpath(path, folder)
-    linked = os.path.realpath(folder) != os.path.abspath(folder)
-    return os.path.abspath(path) if linked and name.startswith("..") else name
+    if name.startswith("..") and os.path.realpath(folder) != os.path.abspath(folder):
+        return os.path.abspath(path)
+    return name
 
 
 def write_rows(path: Path, rows: dict[str, dict]) -> None:
@@ -3302,7 +3303,7 @@ def open_run_folder(config: TrainConfig) -> Path:
     that is not to be resumed, was made with other settings, or is complete, or anything else."""
     out = Path(config.out or f"runs/{Path(config.data).resolve().stem}")
     path = out / "config.json"
-    if out.exists() and not path.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not path.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is no run folder; give another folder with --out")
     if path.exists() and not config.resume:
         advice = "go on with it by --resume, remove it, or give another folder with --out"

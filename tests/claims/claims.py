@@ -244,10 +244,15 @@ class Task:
         return self.out / self.part / name
 
     @property
+    def origin(self) -> "Task":
+        """What makes the start of its seed."""
+        part = "world" if self.part == "world" else "starts"
+        return Task(part, START, self.seed, self.out, quick=self.quick)
+
+    @property
     def start(self) -> Path:
         """The folder of what it continues from."""
-        part = "world" if self.part == "world" else "starts"
-        return Task(part, START, self.seed, self.out).folder
+        return self.origin.folder
 
     @property
     def made(self) -> bool:
@@ -518,9 +523,7 @@ def flat(tasks: dict[str, list[Task]]) -> list[Task]:
 
 def starts(tasks: Iterable[Task]) -> list[Task]:
     """What has to be there before these are made."""
-    parts = [(task, "world" if task.part == "world" else "starts") for task in tasks]
-    found = (Task(part, START, task.seed, task.out, quick=task.quick) for task, part in parts)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(task.origin for task in tasks))
 
 
 def judges(tasks: Iterable[Task]) -> list[Task]:
